@@ -1,0 +1,437 @@
+"""Cola DLM: p(x, z0) = p_theta(x | z0) p_psi(z0) (Eq. 2.1.1), a Text VAE and a block-causal DiT prior together.
+
+Generation (section 2.2.3 of the paper): encode the prompt; then, block by block, carry Gaussian noise to latents with
+an ODE solver and decode the finished block once.  The prior decides what is said, the decoder how it is spelt.
+
+Also here: the released checkpoint layout, both ways.
+
+    folder/tokenizer.json
+    folder/cola_vae/config.json, model.safetensors      (or shards with model.safetensors.index.json)
+    folder/cola_dit/config.json, model.safetensors
+"""
+
+import codecs
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from common import replacing
+from data import decode_bytes, encode_prompt, load_tokenizer, save_tokenizer
+from dit import ROPE_THETA, DiT, DiTConfig
+from flow import guide, solve
+from vae import TextVAE, VAEConfig
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Choosing tokens
+
+
+def penalise(logits, seen, penalty):
+    """Repetition penalty: divide the positive and multiply the negative logits of every id already used.
+
+    logits (B, L, V), seen bool (B, V).  One penalty for all positions of a block, however often an id was used."""
+    changed = torch.where(logits > 0, logits / penalty, logits * penalty)
+    return torch.where(seen[:, None], changed, logits)
+
+
+def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0):
+    """Divide by the temperature, then keep the top_k largest logits (ties included; 0: all), then the smallest set of
+    tokens whose probability reaches top_p (0 or 1: all).  The others become -inf.  logits (..., V)"""
+    logits = logits / temperature
+    if top_k > 0:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    if 0 < top_p < 1:
+        probs, order = logits.softmax(-1).sort(dim=-1, descending=True)
+        before = torch.cat([torch.zeros_like(probs[..., :1]), probs.cumsum(-1)[..., :-1]], dim=-1)
+        logits = logits.masked_fill((before > top_p).gather(-1, order.argsort(-1)), float("-inf"))
+    return logits
+
+
+def pick_tokens(logits, uniform, temperature, top_k, top_p):
+    """Token ids (B, L) from logits (B, L, V): the largest logit at temperature 0, else a draw from the filtered
+    distribution by inverting its cumulative sum at `uniform` (B, L), numbers in [0, 1)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    cumulative = filter_logits(logits, temperature, top_k, top_p).softmax(-1).cumsum(-1)
+    drawn = torch.searchsorted(cumulative, uniform[..., None] * cumulative[..., -1:], right=True)[..., 0]
+    return drawn.clamp(max=logits.shape[-1] - 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+class ColaDLM(nn.Module):
+    """A TextVAE, a DiT over its latents, and the tokenizer that belongs to them (None: token ids only)."""
+
+    def __init__(self, vae, dit, tokenizer=None):
+        super().__init__()
+        check_fit(vae.config, dit.config)
+        self.vae, self.dit, self.tokenizer = vae, dit, tokenizer
+
+    @classmethod
+    def from_pretrained(cls, folder, device="cpu", dtype=torch.float32):
+        """Load a folder in the released layout.  Raises ValueError or FileNotFoundError, in one line, for a missing
+        or damaged file, an option this implementation does not have, or tensors that are missing, extra or misshapen.
+        """
+        vae, dit = load_vae(folder, device, dtype), load_dit(folder, device, dtype)
+        return cls(vae, dit, find_tokenizer(folder)).eval()
+
+    def save_pretrained(self, folder):
+        """Write weights, configurations and tokenizer in the released layout, each file complete or not at all."""
+        save_vae(self.vae, folder)
+        save_dit(self.dit, folder)
+        if self.tokenizer is not None:
+            save_tokenizer(self.tokenizer, Path(folder) / "tokenizer.json")
+
+    def to_dit(self, z):
+        """A VAE latent in the units of the DiT."""
+        return (z - self.vae.config.shifting_factor) * self.vae.config.scaling_factor
+
+    def generate(self, prompts, **options):
+        """New tokens for every prompt: a list of id lists, with a str in place of each list whose prompt was a str.
+
+        Takes the options of `stream`, which does the work."""
+        results = [None] * len(prompts)
+        for pieces in self.stream(prompts, **options):
+            results = [new if old is None else old + new for old, new in zip(results, pieces, strict=True)]
+        return results
+
+    @torch.no_grad()
+    def stream(
+        self,
+        prompts,
+        max_new_tokens=64,
+        steps=16,
+        cfg_scale=7.0,
+        solver="euler",
+        temperature=0.0,
+        top_k=0,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        eos_id=None,
+        pad_id=None,
+        seed=0,
+        noise=None,
+        round_time=False,
+    ):
+        """Generate block by block; after each block, yield the new tokens of every prompt (ids for ids, str for str).
+
+        prompts: list of str or of lists of token ids, of any lengths; an empty one asks for unconditional text.
+        max_new_tokens: at most so many for each prompt.
+        steps, solver: of the ODE from noise to latent, "euler" or "heun" (two evaluations a step).
+        cfg_scale: guidance u + s (c - u) of the block with its history over the block without; 1 skips the second.
+        temperature: 0 takes the likeliest token at each position; otherwise top_k and top_p apply (0 and 1: off).
+        repetition_penalty: as released, the ids that count are the model's own predictions of earlier blocks.
+        eos_id: a row ends before this token; None: never.  pad_id: fills the prompt's last block for the encoder,
+        default the last id of the vocabulary (in the released model padding inside a block changes that block).
+        seed: row i of block b draws its noise from a generator seeded seed + 1000 i + 10^7 b, as in the released code,
+        so a row does not depend on the rest of the batch.  noise: (n_blocks, B, block_size, d) instead; generation
+        ends with the last block of noise.
+        round_time: round 1000 t to bfloat16, which the released code does on a GPU; only for comparisons with it.
+
+        Where the released code surprises a user, this does not: it cuts at the end-of-text token, ends rows one by
+        one, never counts prompt positions as new tokens, stops at max_new_tokens rather than at the next full block,
+        takes empty prompts, and makes no cache entry for a last block that nobody reads.  One oddity stays, because
+        the numbers depend on it: with patch_size 2 the second half of an odd prompt's last latent is predicted, and
+        returned, from a latent that was encoded with padding there.
+        """
+        check_options(max_new_tokens, steps, cfg_scale, solver, temperature, top_k, top_p, repetition_penalty)
+        self.eval()
+        c, device = self.vae.config, self.vae.decoder.in_layer.weight.device
+        block_size, chunk, d = c.block_size, c.block_size * c.patch_size, c.latent_dim
+        ids = [encode_prompt(self.tokenizer, p) if isinstance(p, str) else list(p) for p in prompts]
+        if not ids:
+            return
+        pad_id = check_ids(ids, c.vocab_size, c.vocab_size - 1 if pad_id is None else pad_id)
+        B = len(ids)
+
+        # 1. Encode the prompts.  Whole blocks are history; what is left over opens the first generated block.
+        latents = self.to_dit(self.vae.encode(pad_rows(ids, chunk, pad_id, device)).mu) if any(ids) else None
+        n_prompt = torch.tensor([-(-len(row) // c.patch_size) for row in ids])  # prompt latents
+        n_history = n_prompt // block_size * block_size
+        n_slots = [len(row) - int(h) * c.patch_size for row, h in zip(ids, n_history, strict=True)]  # prompt tokens left
+        n_blocks = max(-(-(slots + max_new_tokens) // chunk) for slots in n_slots)
+        if noise is not None:
+            if noise.dim() != 4 or noise.shape[1:] != (B, block_size, d):
+                raise ValueError(f"noise must be (n_blocks, {B}, {block_size}, {d}), not {tuple(noise.shape)}")
+            n_blocks = min(n_blocks, len(noise))
+
+        # 2. One pass of both models over the history fills their caches.
+        max_len = int(n_history.max()) + n_blocks * block_size
+        vae_cache, dit_cache = self.vae.new_cache(B, max_len), self.dit.new_cache(B, max_len)
+        times = torch.linspace(1.0, 0.0, steps + 1, device=device)
+        network_times = (1000 * times).bfloat16().float() / 1000 if round_time else times
+        modulation = self.dit.modulation(network_times)  # row -1 is t = 0
+        at_zero = [m[[-1, -1]] for m in modulation]
+        if n_history.any():
+            history = latents[:, : int(n_history.max())]
+            self.dit(history, modulation=at_zero, cache=dit_cache)
+            self.vae.decode(history, vae_cache)
+            dit_cache.commit(n_history)
+            vae_cache.commit(n_history)
+
+        # The latents of the first block that the prompt pins ("clean repaint"): known at time 0, velocity 0.
+        known = torch.arange(block_size) < (n_prompt - n_history)[:, None]  # (B, block_size)
+        pinned = torch.zeros(B, block_size, d, device=device)
+        for row in known.any(1).nonzero()[:, 0].tolist():
+            pinned[row] = latents[row, n_history[row] : n_history[row] + block_size]
+
+        seen = torch.zeros(B, c.vocab_size, dtype=torch.bool, device=device)  # ids predicted in earlier blocks
+        writers = [Writer(self.tokenizer if isinstance(p, str) else None, eos_id, max_new_tokens) for p in prompts]
+        for b in range(n_blocks):
+            # 3. Noise to latents, given the history.
+            generators = [torch.Generator().manual_seed(seed + 1000 * i + 10_000_000 * b) for i in range(B)]
+            z = torch.stack([torch.randn(block_size, d, generator=g) for g in generators]) if noise is None else noise[b]
+            z = z.to(device, torch.float32)
+            clean = known.to(device) if b == 0 and known.any() else None
+            if clean is not None:
+                z = torch.where(clean[..., None], pinned, z)
+            # Without a history both branches are one and the same, and guidance would only amplify rounding errors.
+            guided = (dit_cache.length > 0) & (cfg_scale != 1)
+            scale = torch.where(guided, cfg_scale, 1.0).to(device)[:, None, None] if guided.any() else None
+
+            def velocity(z, i, clean=clean, scale=scale):
+                m = [layer[[i, -1]] for layer in modulation]
+                if scale is None:
+                    v = self.dit(z, modulation=m, clean=clean, cache=dit_cache)
+                else:  # both branches in one batch; the second half has no cache rows, hence no history
+                    both = None if clean is None else clean.repeat(2, 1)
+                    v = self.dit(z.repeat(2, 1, 1), modulation=m, clean=both, cache=dit_cache)
+                    v = guide(*v.chunk(2), scale)
+                return v if clean is None else v.masked_fill(clean[..., None], 0.0)
+
+            z = solve(velocity, z, times, solver)
+
+            # 4. Latents to tokens, once.
+            logits = self.vae.decode(z, vae_cache).float()
+            if repetition_penalty != 1:
+                logits = penalise(logits, seen, repetition_penalty)
+            uniform = torch.stack([torch.rand(chunk, generator=g) for g in generators]).to(device)
+            tokens = pick_tokens(logits, uniform, temperature, top_k, top_p)
+            seen.scatter_(1, tokens, True)
+            rows = tokens.tolist()
+            yield [w.write(row[slots if b == 0 else 0 :]) for w, row, slots in zip(writers, rows, n_slots, strict=True)]
+
+            # 5. The finished block becomes history, at t = 0.
+            if all(w.done for w in writers) or b == n_blocks - 1:
+                return
+            self.dit(z, modulation=at_zero, cache=dit_cache)
+            dit_cache.commit(block_size)
+            vae_cache.commit(block_size)
+
+
+class Writer:
+    """What one row has said: counts its tokens, ends it at eos_id or the limit, and turns ids into text if asked."""
+
+    def __init__(self, tokenizer, eos_id, limit):
+        self.tokenizer, self.eos_id, self.left, self.done = tokenizer, eos_id, limit, False
+        self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span two blocks
+
+    def write(self, ids):
+        if self.done:
+            return "" if self.tokenizer else []
+        ids = ids[: self.left]
+        self.left -= len(ids)
+        self.done = self.left == 0
+        if self.eos_id in ids:
+            ids, self.done = ids[: ids.index(self.eos_id)], True
+        return self.utf8.decode(decode_bytes(self.tokenizer, ids), final=self.done) if self.tokenizer else ids
+
+
+def pad_rows(ids, chunk, pad_id, device):
+    """Lists of ids -> (B, L), padded on the right to the longest row and to a multiple of `chunk`."""
+    length = -(-max(map(len, ids)) // chunk) * chunk
+    return torch.tensor([row + [pad_id] * (length - len(row)) for row in ids], device=device)
+
+
+def check_ids(ids, vocab_size, pad_id):
+    for i in [i for row in ids for i in row] + [pad_id]:
+        if not 0 <= i < vocab_size:
+            raise ValueError(f"token id {i} is outside the vocabulary 0..{vocab_size - 1}")
+    return pad_id
+
+
+def check_options(max_new_tokens, steps, cfg_scale, solver, temperature, top_k, top_p, repetition_penalty):
+    for name, value, fine, allowed in [
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
+        ("steps", steps, steps >= 1, "1 or more"),
+        ("cfg_scale", cfg_scale, cfg_scale >= 0, "0 or more"),
+        ("solver", solver, solver in ("euler", "heun"), "euler or heun"),
+        ("temperature", temperature, temperature >= 0, "0 or more"),
+        ("top_k", top_k, top_k >= 0, "0 or more"),
+        ("top_p", top_p, 0 <= top_p <= 1, "between 0 and 1"),
+        ("repetition_penalty", repetition_penalty, repetition_penalty > 0, "above 0"),
+    ]:
+        if not fine:
+            raise ValueError(f"{name} {value} is out of range: it must be {allowed}")
+
+
+def check_fit(vae, dit):
+    """A prior belongs to the latents it was trained on."""
+    for name in ("latent_dim", "block_size"):
+        if getattr(vae, name) != getattr(dit, name):
+            raise ValueError(
+                f"the VAE and the prior do not fit together: {name} is {getattr(vae, name)} in the VAE "
+                f"and {getattr(dit, name)} in the prior"
+            )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files in the released layout
+
+# Names of our configuration fields in the released config.json, where they differ.
+VAE_NAMES = dict(
+    n_head="num_heads",
+    n_encoder_layer="encoder_num_blocks",
+    n_decoder_layer="decoder_num_blocks",
+    norm_eps="layer_norm_eps",
+)
+DIT_NAMES = dict(dim="txt_dim", n_head="heads", n_layer="num_layers", mlp_ratio="expand_ratio")
+# The rest of the released configuration.  Other values would be another computation: they are refused.
+VAE_FIXED = dict(
+    act="swiglu",
+    block_causal=True,
+    causal=False,
+    clip_qkv=None,
+    layer_norm_affine=True,
+    layer_norm_type="layer_norm",
+    qk_norm_affine=True,
+    rope_full_precision=True,
+    shared_heads_kv=1,
+)
+DIT_FIXED = dict(patch_size=1)
+
+
+def load_vae(folder, device="cpu", dtype=torch.float32):
+    """The TextVAE in folder/cola_vae."""
+    raw = read_json(Path(folder) / "cola_vae" / "config.json")
+    config = to_config(VAEConfig, raw, VAE_NAMES, VAE_FIXED, folder)
+    return load_weights(TextVAE, config, Path(folder) / "cola_vae", device, dtype)
+
+
+def load_dit(folder, device="cpu", dtype=torch.float32):
+    """The DiT in folder/cola_dit."""
+    raw = read_json(Path(folder) / "cola_dit" / "config.json")
+    for name, same_as in [("latent_dim", "txt_in_channels"), ("txt_out_channels", "txt_in_channels")]:
+        raw.setdefault(name, raw.get(same_as))
+    fixed = DIT_FIXED | dict(emb_dim=raw.get("txt_dim"), txt_out_channels=raw.get("txt_in_channels"))
+    config = to_config(DiTConfig, raw, DIT_NAMES, fixed, folder)
+    return load_weights(DiT, config, Path(folder) / "cola_dit", device, dtype)
+
+
+def save_vae(vae, folder):
+    """Write folder/cola_vae."""
+    raw = to_raw(vae.config, VAE_NAMES) | VAE_FIXED
+    raw |= dict(use_emb=True, dropout=0.0, attn_dropout=0.0, init_fn="normal", init_cutoff_factor=3)
+    raw |= dict(model_type="cola_text_vae", architectures=["ColaTextVAEModel"])
+    save_weights(vae.state_dict(), raw, Path(folder) / "cola_vae")
+
+
+def save_dit(dit, folder, state=None):
+    """Write folder/cola_dit; `state` replaces the model's own weights (their moving average, say)."""
+    raw = to_raw(dit.config, DIT_NAMES) | DIT_FIXED
+    raw["txt_in_channels"] = raw["txt_out_channels"] = raw.pop("latent_dim")
+    raw |= dict(emb_dim=dit.config.dim, model_type="cola_dit", architectures=["ColaDiTModel"])
+    save_weights((state or dit.state_dict()) | rope_buffers(dit.config), raw, Path(folder) / "cola_dit")
+
+
+def rope_buffers(config):
+    """The released files hold the rotary frequencies of every block.  Nothing here needs them, other readers may."""
+    freqs = 1.0 / ROPE_THETA ** (torch.arange(0, config.rope_dim, 2).float() / config.rope_dim)
+    return {f"blocks.{i}.msa.rope.rope.freqs": freqs.clone() for i in range(config.n_layer)}
+
+
+def to_config(cls, raw, names, fixed, folder):
+    for name, value in fixed.items():
+        if raw.get(name, value) != value:
+            raise ValueError(f"{folder}: {name} = {raw[name]} is not supported, only {value}")
+    fields = {f.name: names.get(f.name, f.name) for f in dataclasses.fields(cls)}
+    try:
+        return cls(**{ours: raw[theirs] for ours, theirs in fields.items() if theirs in raw})
+    except TypeError as error:
+        raise ValueError(f"{folder}: the configuration holds a value of the wrong type ({error})") from None
+
+
+def to_raw(config, names):
+    return {names.get(name, name): value for name, value in dataclasses.asdict(config).items()}
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist: is this a model folder?") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+
+
+def weight_files(folder):
+    """{tensor name: file} of one model.safetensors or of all shards that its index names."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = read_json(index)["weight_map"]
+        return {name: folder / file for name, file in names.items()}
+    file = folder / "model.safetensors"
+    if not file.exists():
+        raise FileNotFoundError(f"{file} does not exist")
+    with open_weights(file) as tensors:
+        return {name: file for name in tensors.keys()}  # noqa: SIM118 (not a dict)
+
+
+def open_weights(file, device="cpu"):
+    try:
+        return safe_open(file, framework="pt", device=str(device))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file} does not exist, though the index names it") from None
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or truncated: {error}") from None
+
+
+def load_weights(cls, config, folder, device, dtype):
+    """Build the model without memory, then give it the tensors of the files; names and shapes must match exactly."""
+    with torch.device("meta"):
+        model = cls(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    optional = set(rope_buffers(config)) if cls is DiT else set()
+    files = weight_files(folder)
+    missing, extra = sorted(expected.keys() - files.keys()), sorted(files.keys() - expected.keys() - optional)
+    if missing or extra:
+        count = f"{len(missing)} tensors are missing and {len(extra)} are unknown"
+        raise ValueError(f"{folder} does not match its configuration: {count}, first {(missing + extra)[0]}")
+    state = {}
+    for file in sorted(set(files.values())):
+        with open_weights(file, device) as tensors:
+            names = set(tensors.keys())
+            for name in (n for n in expected if files[n] == file):
+                if name not in names:
+                    raise ValueError(f"{file} does not hold {name}, though the index says so")
+                shape = tuple(tensors.get_slice(name).get_shape())
+                if shape != expected[name]:
+                    raise ValueError(f"{file}: {name} has shape {shape}, the configuration asks for {expected[name]}")
+                state[name] = tensors.get_tensor(name).to(dtype)
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def save_weights(state, raw_config, folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
+    with replacing(folder / "model.safetensors") as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    with replacing(folder / "config.json") as temporary:
+        temporary.write_text(json.dumps(raw_config | {"dtype": "float32"}, indent=2, sort_keys=True) + "\n")
+
+
+def find_tokenizer(folder):
+    """tokenizer.json beside the two model folders, inside one of them, or one folder up; None if there is none."""
+    folder = Path(folder)
+    for place in (folder, folder / "cola_dit", folder / "cola_vae", folder.resolve().parent):
+        if (place / "tokenizer.json").exists():
+            return load_tokenizer(str(place / "tokenizer.json"))
+    return None

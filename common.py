@@ -1,0 +1,193 @@
+"""What the scripts share: command line, device and precision, optimizer and schedule, run folders.
+
+Nothing in here knows about the model."""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import pickle
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line: one dataclass a script is the only home of its options, defaults, ranges and help
+
+
+def option(default, help, low=None, high=None, choices=None):
+    """A dataclass field that is also a command-line option; a tuple takes several values."""
+    metadata = dict(help=help, low=low, high=high, choices=choices)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"error: {message} (--help lists the options)\n")
+
+
+def parse_options(cls, description, presets=None, argv=None):
+    """Read the command line into an instance of the dataclass `cls`.
+
+    presets: {name: {option: value}}, chosen by the option `preset` and weaker than what is given explicitly.
+    Returns (options, given), given being the names that stand on the command line.  Exits with code 2 and one line if
+    something is wrong."""
+    parser = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    fields = dataclasses.fields(cls)
+    for field in fields:
+        flag = "--" + field.name.replace("_", "-")
+        shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        kwargs = dict(help=f"{field.metadata['help']} (default: {shown!r})".replace("%", "%%"))
+        if isinstance(field.default, bool):
+            kwargs["action"] = argparse.BooleanOptionalAction
+        elif isinstance(field.default, tuple):
+            kwargs.update(nargs="+", type=str, metavar="TEXT")
+        else:
+            kwargs.update(type=type(field.default), choices=field.metadata["choices"])
+            kwargs["metavar"] = None if field.metadata["choices"] else type(field.default).__name__.upper()
+        parser.add_argument(flag, **kwargs)
+    given = vars(parser.parse_args(argv))
+    for field in fields:
+        low, high = field.metadata["low"], field.metadata["high"]
+        value = given.get(field.name, field.default)
+        if (low is not None and not value >= low) or (high is not None and not value <= high):
+            allowed = f"at least {low}" if high is None else f"between {low} and {high}"
+            parser.error(f"--{field.name.replace('_', '-')} {value} is out of range: it must be {allowed}")
+    preset = (presets or {}).get(given.get("preset"), {})
+    return cls(**(preset | given)), set(given)
+
+
+def run_script(main):
+    """Call main(); a user's mistake (ValueError, OSError) becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Device and precision
+
+
+def pick_device(name="auto"):
+    """torch.device of "auto" (CUDA, then MPS, then CPU) or of a name.  Raises ValueError if there is no such device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"device {name} is not available on this machine") from None
+
+
+def autocast(device, precision="auto"):
+    """Mixed precision: matrix products in bfloat16, weights in fp32.  "auto": where the hardware multiplies bfloat16."""
+    if precision == "auto":
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported()
+        else:  # on CPUs with matrix tiles (AMX) a training step is twice as fast; without them bfloat16 is slower
+            fast = device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+        precision = "bf16" if fast else "fp32"
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimizer and schedule
+
+
+def make_optimizer(parts, weight_decay):
+    """AdamW with betas (0.9, 0.95).  parts: list of (module, learning-rate ratio); vectors are not decayed."""
+    groups = []
+    for module, lr_ratio in parts:
+        params = [p for p in module.parameters() if p.requires_grad]
+        groups.append(dict(params=[p for p in params if p.dim() > 1], lr_ratio=lr_ratio, weight_decay=weight_decay))
+        groups.append(dict(params=[p for p in params if p.dim() <= 1], lr_ratio=lr_ratio, weight_decay=0.0))
+    fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=fused)
+
+
+def learning_rate(step, steps, warmup, peak, final):
+    """Linear warm-up to `peak` in `warmup` steps, then a cosine to `final` at the last step."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(steps - warmup, 1)
+    return final + 0.5 * (peak - final) * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def optimizer_step(optimizer, loss, lr, clip):
+    """Backward, clip the global gradient norm, step at learning rate lr times the ratio of each group."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    torch.nn.utils.clip_grad_norm_(params, clip)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_ratio"]
+    optimizer.step()
+
+
+def step_generator(seed, step, device):
+    """Random numbers of one training step: they depend on seed and step alone, so a resumed run draws the same."""
+    return torch.Generator(device).manual_seed(seed * 1_000_003 + step)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Run folders
+
+
+@contextmanager
+def replacing(path):
+    """Write to the yielded temporary path; it takes the place of `path` only if all went well."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Run:
+    """The folder of one training run: options, training state (training.pt) and loss log (log.jsonl)."""
+
+    def __init__(self, options, given, free=("resume", "out", "device", "save_every")):
+        """With options.resume, the options come from the saved run; those given anew must agree, except `free` ones.
+        Raises FileExistsError if the folder holds another run, FileNotFoundError if there is nothing to resume."""
+        self.folder = Path(options.out)
+        self.file = self.folder / "training.pt"
+        self.state, self.log, self.options = None, [], options
+        if options.resume:
+            self.state = load_state(self.file)
+            saved = self.state["options"]
+            for name in given - set(free):
+                if getattr(options, name) != saved[name]:
+                    flag = "--" + name.replace("_", "-")
+                    raise ValueError(f"{self.folder} was started with {flag} {saved[name]}: resume it without {flag}")
+            kept = {name: value for name, value in saved.items() if name not in free}
+            self.options = dataclasses.replace(options, **kept)
+            self.log = self.state["log"]
+        elif any((self.folder / name).exists() for name in ("training.pt", "cola_vae", "cola_dit")):
+            raise FileExistsError(f"{self.folder} already holds a run: add --resume, or choose another --out")
+
+    def save(self, step, **state):
+        """Write state_dicts and the log; complete or not at all."""
+        with replacing(self.file) as temporary:
+            torch.save(state | dict(step=step, options=dataclasses.asdict(self.options), log=self.log), temporary)
+        with replacing(self.folder / "log.jsonl") as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in self.log))
+
+
+def load_state(file):
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file} does not exist: there is no run to resume") from None
+    except (RuntimeError, EOFError, pickle.UnpicklingError):
+        raise ValueError(f"{file} is damaged or truncated") from None

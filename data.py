@@ -1,0 +1,404 @@
+"""Text -> tokens: documents, tokenizers, token files, batches.
+
+    python data.py my_texts/ notes.jsonl --out tokens      # prepare a corpus of any size once
+    python train_vae.py --data tokens
+
+Tokenizers are `tiktoken.Encoding` objects: byte-level BPE, trained on the corpus, read from a `tokenizer.json`, or one
+of tiktoken's own.  Token files are flat uint32 arrays (100,278 ids do not fit into 16 bits), memory-mapped.
+"""
+
+import ast
+import heapq
+import json
+import re
+import sysconfig
+import tempfile
+import warnings
+import zlib
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+
+from common import option, parse_options, replacing, run_script
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Documents
+
+PIECE = 1 << 16  # characters; longer files are cut at line ends, and each piece counts as a document of its own
+
+
+def documents(source):
+    """Yield the documents of a corpus: of the text inside Python if source is ("pydoc",), else of files and folders.
+
+    .jsonl files hold one {"text": ...} a line; every other file is one UTF-8 text; folders are searched for .txt, .md
+    and .jsonl.  Nothing is held in memory but the current piece.  Raises ValueError for what cannot be read."""
+    if tuple(source) == ("pydoc",):
+        yield from pydoc_documents()
+        return
+    for path in map(Path, source):
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist")
+        suffixes = (".txt", ".md", ".jsonl")
+        files = sorted(f for f in path.rglob("*") if f.suffix in suffixes) if path.is_dir() else [path]
+        if not files:
+            raise ValueError(f"{path} holds no .txt, .md or .jsonl file")
+        for file in files:
+            try:
+                yield from jsonl_documents(file) if file.suffix == ".jsonl" else text_pieces(file)
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def text_pieces(file):
+    with open(file, encoding="utf-8-sig") as f:
+        piece, size = [], 0
+        while line := f.readline(PIECE):
+            if size + len(line) > PIECE:
+                yield "".join(piece)
+                piece, size = [], 0
+            piece.append(line)
+            size += len(line)
+        if size:
+            yield "".join(piece)
+
+
+def jsonl_documents(file):
+    with open(file, encoding="utf-8-sig") as f:
+        for number, line in enumerate(f, 1):
+            if line.strip():
+                try:
+                    text = json.loads(line)["text"]
+                except (ValueError, KeyError, TypeError):
+                    text = None
+                if not isinstance(text, str):
+                    raise ValueError(f'{file} line {number} is not an object with a "text" string')
+                yield text
+
+
+def pydoc_documents():
+    """English prose that every Python carries: its reference topics and the docstrings of its standard library."""
+    from pydoc_data.topics import topics
+
+    yield from (topics[name] for name in sorted(topics))
+    library = Path(sysconfig.get_path("stdlib"))
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
+    for file in sorted(library.rglob("*.py")):
+        if skipped & set(file.relative_to(library).parts):
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # old code in the library, not our business
+                tree = ast.parse(file.read_bytes())
+        except (SyntaxError, ValueError, OSError):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                if text := ast.get_docstring(node):
+                    yield text + "\n"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
+# Words with their leading space, numbers of up to three digits, punctuation, white space.  Written so that Python's re,
+# tiktoken's regex engine and that of the `tokenizers` library all read it alike.
+SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d{1,3}| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+"
+GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+def train_bpe(texts, vocab_size):
+    """Byte-level BPE: start from the 256 bytes and merge the most frequent neighbours until the vocabulary is full.
+
+    texts: iterable of str.  vocab_size counts the bytes, the merges and two special tokens; <|pad|> has the last id.
+    Returns a tiktoken.Encoding; a small corpus may fill less than vocab_size.  Pair counts are updated in place, so
+    2 MB of text take seconds."""
+    if vocab_size < 258:
+        raise ValueError(f"vocab_size {vocab_size} is too small: 256 bytes and 2 special tokens need 258")
+    counts = Counter(word for text in texts for word in re.findall(SPLIT, text))
+    words = [list(word.encode("utf-8", errors="replace")) for word in counts]
+    weight = list(counts.values())
+    pair_count, pair_words = Counter(), defaultdict(set)
+    for i, word in enumerate(words):
+        for pair in zip(word, word[1:]):
+            pair_count[pair] += weight[i]
+            pair_words[pair].add(i)
+    token_bytes = [bytes([b]) for b in range(256)]
+    queue = [(-count, pair) for pair, count in pair_count.items()]
+    heapq.heapify(queue)
+    while queue and len(token_bytes) < vocab_size - 2:
+        count, pair = heapq.heappop(queue)
+        if -count != pair_count[pair]:  # an entry from before a merge changed this count: put it back where it belongs
+            if pair_count[pair] > 0:
+                heapq.heappush(queue, (-pair_count[pair], pair))
+            continue
+        if -count < 2:  # a merge seen once is no regularity
+            break
+        new = len(token_bytes)
+        token_bytes.append(token_bytes[pair[0]] + token_bytes[pair[1]])
+        grown = set()
+        for i in pair_words.pop(pair):
+            old, merged, j = words[i], [], 0
+            while j < len(old):
+                if j + 1 < len(old) and (old[j], old[j + 1]) == pair:
+                    merged.append(new)
+                    j += 2
+                else:
+                    merged.append(old[j])
+                    j += 1
+            for p in zip(old, old[1:]):
+                pair_count[p] -= weight[i]
+            for p in zip(merged, merged[1:]):
+                pair_count[p] += weight[i]
+                pair_words[p].add(i)
+                if new in p:
+                    grown.add(p)
+            words[i] = merged
+        for p in grown:
+            heapq.heappush(queue, (-pair_count[p], p))
+    n = len(token_bytes)
+    ranks = {token: rank for rank, token in enumerate(token_bytes)}
+    return tiktoken.Encoding("bpe", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: n, PAD: n + 1})
+
+
+# tokenizer.json spells every byte as one printable character: itself if it is printable, else 256 and up in order.
+BYTE_TO_CHAR = {b: chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))}
+BYTE_TO_CHAR |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in BYTE_TO_CHAR)}
+CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
+
+
+def load_tokenizer(name):
+    """A tiktoken.Encoding from the path of a tokenizer.json or from one of tiktoken's names, such as cl100k_base (which
+    tiktoken downloads once).  <|pad|> is added as the last id if there is none."""
+    if Path(name).suffix == ".json":
+        return read_tokenizer_json(Path(name))
+    if name not in tiktoken.list_encoding_names():
+        raise ValueError(f"{name} is neither a tokenizer.json nor one of {', '.join(tiktoken.list_encoding_names())}")
+    try:
+        base = tiktoken.get_encoding(name)
+    except Exception as error:  # whatever the download raises
+        raise ValueError(f"tiktoken could not get {name}: {type(error).__name__}") from None
+    special = base._special_tokens | {PAD: base.n_vocab}
+    return tiktoken.Encoding(
+        name, pat_str=base._pat_str, mergeable_ranks=base._mergeable_ranks, special_tokens=special
+    )
+
+
+def read_tokenizer_json(path):
+    """Byte-level BPE in the format of the `tokenizers` library: vocabulary, split pattern and added tokens."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        model = raw["model"]
+        added = {token["content"]: token["id"] for token in raw["added_tokens"]}
+        if model.get("type", "BPE") != "BPE" or raw.get("normalizer"):
+            raise ValueError("only byte-level BPE without a normalizer is supported")
+        ranks = {
+            bytes(CHAR_TO_BYTE[c] for c in token): rank for token, rank in model["vocab"].items() if token not in added
+        }
+        pattern = split_pattern(raw["pre_tokenizer"])
+        merged = [m if isinstance(m, list) else m.split(" ") for m in model["merges"]]
+        order = [model["vocab"][a + b] for a, b in merged]
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a byte-level BPE tokenizer: {type(error).__name__}: {error}") from None
+    if order != sorted(order) or any(bytes([b]) not in ranks for b in range(256)):
+        raise ValueError(f"{path}: ids must follow the order of the merges and cover all 256 bytes")
+    if END_OF_TEXT not in added:
+        raise ValueError(f"{path} has no token {END_OF_TEXT}, which separates documents")
+    return tiktoken.Encoding(path.stem, pat_str=pattern, mergeable_ranks=ranks, special_tokens=added)
+
+
+def split_pattern(pre_tokenizer):
+    parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    for part in parts:
+        if part["type"] == "Split":
+            return part["pattern"]["Regex"]
+    if any(part["type"] == "ByteLevel" and part.get("use_regex", True) for part in parts):
+        return GPT2_SPLIT
+    raise ValueError("no split pattern")
+
+
+def save_tokenizer(tokenizer, path):
+    """Write tokenizer.json so that this file and the `tokenizers` library read the same tokenizer back."""
+    ranks = tokenizer._mergeable_ranks
+
+    def spell(token):
+        return "".join(BYTE_TO_CHAR[b] for b in token)
+
+    merges = [[spell(part) for part in last_merge(token, ranks)] for token in ranks if len(token) > 1]
+    byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
+    split = dict(type="Split", pattern=dict(Regex=tokenizer._pat_str), behavior="Isolated", invert=False)
+    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    model = dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None)
+    model |= dict(fuse_unk=False, byte_fallback=False, ignore_merges=True)  # a word that is a token is that token
+    model |= dict(vocab={spell(token): rank for token, rank in ranks.items()}, merges=merges)
+    raw = dict(
+        version="1.0",
+        truncation=None,
+        padding=None,
+        added_tokens=[dict(id=i, content=text) | flags for text, i in tokenizer._special_tokens.items()],
+        normalizer=None,
+        pre_tokenizer=dict(type="Sequence", pretokenizers=[split, byte_level]),
+        post_processor=None,
+        decoder=byte_level,
+        model=model,
+    )
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(raw, ensure_ascii=False), encoding="utf-8")
+
+
+def last_merge(token, ranks):
+    """The two tokens whose merge made this one: merge its bytes in order of rank, but not the last time."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        pairs = [ranks.get(a + b, float("inf")) for a, b in zip(parts, parts[1:])]
+        i = pairs.index(min(pairs))
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def encode_prompt(tokenizer, text):
+    """Ids of a prompt; special tokens written out in it, such as <|endoftext|>, count as such."""
+    if tokenizer is None:
+        raise ValueError("this model has no tokenizer.json: give prompts as token ids")
+    return tokenizer.encode(text, allowed_special="all")
+
+
+def decode_bytes(tokenizer, ids):
+    """UTF-8 bytes of ids; an id that the model has but the tokenizer does not stands for nothing."""
+    parts = []
+    for i in ids:
+        try:
+            parts.append(tokenizer.decode_single_token_bytes(i))
+        except KeyError:
+            pass
+    return b"".join(parts)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Token files
+
+HELD_OUT = 0.05  # share of the documents that no training step sees
+TOKENIZER_SAMPLE = 1 << 23  # characters that a new tokenizer is trained on
+
+
+def prepare(source, tokenizer, vocab_size, folder):
+    """Write folder/train.bin, val.bin and tokenizer.json; the corpus streams through, whatever its size.
+
+    tokenizer: "bpe" to train one of `vocab_size` ids on the first 8 MB, else see `load_tokenizer`.
+    Documents are held out by a hash of their text, so the same text always falls on the same side."""
+    folder = Path(folder)
+    if (folder / "train.bin").exists():
+        raise FileExistsError(f"{folder} already holds token files: choose another folder")
+    encoding = train_bpe(sample(documents(source)), vocab_size) if tokenizer == "bpe" else load_tokenizer(tokenizer)
+    with replacing(folder / "train.bin") as train, replacing(folder / "val.bin") as val:
+        with open(train, "wb") as train_file, open(val, "wb") as val_file:
+            for text in documents(source):
+                if text.strip():
+                    ids = np.array(encoding.encode_ordinary(text) + [encoding.eot_token], dtype=np.uint32)
+                    held_out = zlib.crc32(text.encode("utf-8", errors="replace")) < HELD_OUT * 2**32
+                    ids.tofile(val_file if held_out else train_file)
+        n_train, n_val = train.stat().st_size // 4, val.stat().st_size // 4
+        if n_train + n_val == 0:
+            raise ValueError(f"there is no text in {' '.join(map(str, source))}")
+        if n_val < HELD_OUT / 5 * n_train:  # few long documents: hold out the end of the last one instead
+            move_tail(train, val, int(HELD_OUT * n_train))
+        save_tokenizer(encoding, folder / "tokenizer.json")
+    return open_tokens(folder)
+
+
+def sample(texts):
+    size = 0
+    for text in texts:
+        yield text
+        size += len(text)
+        if size >= TOKENIZER_SAMPLE:
+            return
+
+
+def move_tail(train, val, n):
+    tokens = np.fromfile(train, dtype=np.uint32, offset=train.stat().st_size - 4 * n)
+    with open(val, "ab") as f:
+        tokens.tofile(f)
+    with open(train, "rb+") as f:
+        f.truncate(train.stat().st_size - 4 * n)
+
+
+@dataclass
+class Corpus:
+    """Prepared token files: `train` and `val` are memory-mapped uint32 arrays."""
+
+    train: np.ndarray
+    val: np.ndarray
+    tokenizer: tiktoken.Encoding
+
+
+def is_prepared(folder):
+    return (Path(folder) / "train.bin").exists()
+
+
+def open_tokens(folder):
+    """The Corpus in a folder that `prepare` wrote."""
+    folder = Path(folder)
+    tokenizer = read_tokenizer_json(folder / "tokenizer.json")
+    splits = []
+    for name in ("train.bin", "val.bin"):
+        path = folder / name
+        if not path.exists() or path.stat().st_size == 0 or path.stat().st_size % 4:
+            raise ValueError(f"{path} is missing, empty or truncated: run data.py again")
+        tokens = np.memmap(path, dtype=np.uint32, mode="r")
+        if tokens.max() >= tokenizer.n_vocab:
+            raise ValueError(f"{path} holds token id {tokens.max()}, outside the vocabulary 0..{tokenizer.n_vocab - 1}")
+        splits.append(tokens)
+    return Corpus(*splits, tokenizer)
+
+
+def check_length(corpus, batch_size, seq_len):
+    """Raises ValueError if the text cannot fill one batch."""
+    for name, need in [("train", batch_size * seq_len), ("val", seq_len)]:
+        have = len(getattr(corpus, name))
+        if have < need:
+            raise ValueError(
+                f"the {name} split has {have} tokens, a batch takes {need}: "
+                "use more text, a smaller --batch-size or a smaller --seq-len"
+            )
+
+
+def random_batch(tokens, batch_size, seq_len, seed, step):
+    """Windows at random places, (B, L) int64; a function of seed and step alone."""
+    starts = np.random.default_rng([seed, step]).integers(0, len(tokens) - seq_len + 1, batch_size)
+    return windows(tokens, starts, seq_len)
+
+
+def even_batch(tokens, batch_size, seq_len):
+    """Windows at even distances over all tokens, for evaluation, (B, L) int64."""
+    starts = np.linspace(0, len(tokens) - seq_len, min(batch_size, len(tokens) // seq_len), dtype=np.int64)
+    return windows(tokens, starts, seq_len)
+
+
+def windows(tokens, starts, seq_len):
+    return torch.from_numpy(np.stack([tokens[s : s + seq_len] for s in starts]).astype(np.int64))
+
+
+@dataclass
+class Options:
+    out: str = option("tokens", "folder for train.bin, val.bin and tokenizer.json")
+    tokenizer: str = option("bpe", "bpe (trained on the text), a tokenizer.json, or a tiktoken name such as cl100k_base")
+    vocab_size: int = option(2048, "size of a trained vocabulary", low=258)
+    data: tuple = option(("pydoc",), "text files, folders, .jsonl files, or pydoc: the text inside Python")
+
+
+def main():
+    options, _ = parse_options(Options, __doc__)
+    corpus = prepare(options.data, options.tokenizer, options.vocab_size, options.out)
+    counts = f"{len(corpus.train):,} training and {len(corpus.val):,} held-out tokens"
+    print(f"{options.out}: {counts} of {corpus.tokenizer.n_vocab:,} ids\nnext: python train_vae.py --data {options.out}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,205 @@
+"""The block-causal DiT: the velocity field of the latent prior (stage 2 of Cola DLM).
+
+v_psi(z_t, t) says where a partly noised latent moves (Eq. 2.1.2): z1 ~ N(0, I) at t = 1 flows to the data z0 at t = 0.
+Attention is bidirectional inside a block of latents and causal across blocks (Eq. 2.1.4), so that a block is generated
+as a whole, given the finished blocks before it.  Tokens never appear here.
+
+The time enters through adaLN-Zero: every block has its LayerNorms shifted and scaled, and its two branches gated, by
+linear functions of a time embedding.  A sequence holds at most two times, 0 where latents are clean and t where they
+are noisy, so the modulation is computed once per distinct time and never per position (that would be a third of all
+block FLOPs).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from vae import KVCache, attend, layout, rope_table
+
+TIME_CHANNELS = 256
+ROPE_THETA = 10000.0
+
+
+@dataclass
+class DiTConfig:
+    """Defaults are the released 1.8 B model (1,829,875,728 parameters)."""
+
+    latent_dim: int = 16  # d, channels of one latent
+    dim: int = 2048  # C, the width
+    n_head: int = 16
+    head_dim: int = 128  # n_head * head_dim need not equal dim
+    rope_dim: int = 96  # channels of a head that the rotary embedding turns; the others carry no position
+    n_layer: int = 24
+    mlp_ratio: int = 4
+    block_size: int = 16  # latents per block: the unit of generation
+    qk_bias: bool = False  # bias of the query/key/value projection and of the attention's output
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        if self.rope_dim % 2 or not 0 < self.rope_dim <= self.head_dim:
+            raise ValueError(f"rope_dim {self.rope_dim} must be even, above 0 and at most head_dim {self.head_dim}")
+
+
+def rotate_pairs(x, rope):
+    """Rotary embedding of the interleaved kind: channels 2i and 2i+1 turn together.  x (B, H, L, D)."""
+    cos, sin = rope
+    rope_dim = 2 * cos.shape[-1]
+    x1, x2 = x[..., :rope_dim].float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).flatten(-2)
+    return torch.cat([turned.type_as(x), x[..., rope_dim:]], dim=-1)
+
+
+class TimeEmbedding(nn.Module):
+    """t in [0, 1] -> e: 256 sines and cosines of 1000 t, then three linear layers with SiLU between."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.proj_in = nn.Linear(TIME_CHANNELS, dim)
+        self.proj_hid = nn.Linear(dim, dim)
+        self.proj_out = nn.Linear(dim, dim)
+
+    def forward(self, t):  # (...) -> (..., C)
+        half = TIME_CHANNELS // 2
+        freqs = torch.exp(-math.log(10000) * torch.arange(half, device=t.device).float() / half)
+        angle = 1000.0 * t.float()[..., None] * freqs
+        e = torch.cat([angle.sin(), angle.cos()], dim=-1).to(self.proj_in.weight.dtype)
+        return self.proj_out(F.silu(self.proj_hid(F.silu(self.proj_in(e)))))
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        inner = config.n_head * config.head_dim
+        self.head_dim, self.layer = config.head_dim, layer
+        self.proj_qkv = nn.Linear(config.dim, 3 * inner, bias=config.qk_bias)
+        self.proj_out = nn.Linear(inner, config.dim, bias=config.qk_bias)
+        self.norm_q = nn.LayerNorm(config.head_dim, config.norm_eps)  # per head
+        self.norm_k = nn.LayerNorm(config.head_dim, config.norm_eps)
+
+    def forward(self, x, rope, pos, mask, cache):
+        q, k, v = self.proj_qkv(x).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)  # 3 x (B, H, L, D)
+        q, k = self.norm_q(q).to(v.dtype), self.norm_k(k).to(v.dtype)
+        out = attend(rotate_pairs(q, rope), rotate_pairs(k, rope), v, pos, mask, cache, self.layer)
+        return self.proj_out(out.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.proj_in = nn.Linear(dim, hidden)
+        self.proj_out = nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.proj_out(F.gelu(self.proj_in(x), approximate="tanh"))
+
+
+def modulation_layer(dim, n_out):
+    """One of adaLN-Zero's linear maps from the time embedding to `n_out` vectors of width C, zero at the start."""
+    return nn.Sequential(nn.SiLU(), nn.Linear(dim, n_out * dim))
+
+
+class DiTBlock(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        C = config.dim
+        self.norm_eps = config.norm_eps
+        self.msa = Attention(config, layer)
+        self.mlp = MLP(C, config.mlp_ratio * C)
+        self.ada = nn.ModuleDict(
+            dict(
+                msa_in=modulation_layer(C, 2),  # shift, scale
+                msa_out=modulation_layer(C, 1),  # gate
+                mlp_in=modulation_layer(C, 2),
+                mlp_out=modulation_layer(C, 1),
+            )
+        )
+
+    def modulation(self, e):  # (..., C) -> (..., 6C)
+        return torch.cat([layer(e) for layer in self.ada.values()], dim=-1)
+
+    def forward(self, x, modulation, *attention_args):
+        """x (B, L, C); modulation broadcasts to (B, L, 6C)."""
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
+        x = x + gate_msa * self.msa(modulate(x, shift_msa, scale_msa, self.norm_eps), *attention_args)
+        return x + gate_mlp * self.mlp(modulate(x, shift_mlp, scale_mlp, self.norm_eps))
+
+
+def modulate(x, shift, scale, eps):
+    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+
+
+class DiT(nn.Module):
+    """v = DiT(z_t, t), the velocity dz/dt of the probability flow."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        self.txt_in = nn.ModuleDict(dict(proj=nn.Linear(c.latent_dim, c.dim)))
+        self.emb_in = TimeEmbedding(c.dim)
+        self.blocks = nn.ModuleList(DiTBlock(c, i) for i in range(c.n_layer))
+        self.txt_out_norm = nn.LayerNorm(c.dim, c.norm_eps)
+        self.txt_out_ada = nn.ModuleDict(dict(out_in=modulation_layer(c.dim, 2)))  # shift, scale
+        self.txt_out = nn.ModuleDict(dict(proj=nn.Linear(c.dim, c.latent_dim)))
+        self.init_weights()
+
+    def init_weights(self):
+        """Xavier for linear layers.  Zero for every modulation layer, so that each block starts as the identity, and
+        for the output layer, so that a new model predicts a velocity of 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for block in self.blocks:
+            for layer in block.ada.values():
+                nn.init.zeros_(layer[-1].weight)
+        nn.init.zeros_(self.txt_out_ada.out_in[-1].weight)
+        nn.init.zeros_(self.txt_out.proj.weight)
+
+    def modulation(self, t):
+        """All that the network needs to know of times t (T,) in [0, 1]: one (T, 6C) tensor a block and (T, 2C) for the
+        output.  It depends on nothing else, so a sampler computes it once per run."""
+        e = self.emb_in(t)
+        return [block.modulation(e) for block in self.blocks] + [self.txt_out_ada.out_in(e)]
+
+    def forward(self, z, t=None, clean=None, modulation=None, pos=None, mask=None, cache=None):
+        """Velocity of every latent.
+
+        z (B, n, d).
+        t in [0, 1]: (B,) one time a row, (1,) one for all, or (B, n) one for each latent (general, but a third slower).
+        clean: bool, (B, n) or (1, n): these latents are clean, their time is 0 whatever t says.
+        modulation: instead of t, what `modulation(torch.cat([t, zero]))` returned; its last row serves `clean`.
+        pos (1, n) and mask: positions and attention mask if not those of one plain sequence (training layout).
+        cache: the history; z continues it.  Rows beyond those of the cache have no history.
+        Returns v (B, n, d) in fp32.
+        """
+        c, n = self.config, z.shape[1]
+        if pos is None:
+            pos, mask = layout(n, c.block_size, z.device, cache)
+        rope_pos = pos if len(pos) == 1 else pos.repeat(len(z) // len(pos), 1)
+        rope = rope_table(rope_pos, c.rope_dim, ROPE_THETA, z.device)
+        if modulation is None and t.dim() == 2:
+            modulation = self.modulation(t)  # (B, n, 6C)
+        else:
+            if modulation is None:
+                modulation = self.modulation(torch.cat([t, t.new_zeros(1)]))
+            at_t, at_0 = ([m[rows, None] for m in modulation] for rows in (slice(None, -1), slice(-1, None)))
+            if clean is None:
+                modulation = at_t  # (B or 1, 1, 6C)
+            else:
+                modulation = [torch.where(clean[..., None], m0, mt) for m0, mt in zip(at_0, at_t, strict=True)]
+
+        x = self.txt_in.proj(z.to(self.txt_in.proj.weight.dtype))  # (B, n, C)
+        for block, m in zip(self.blocks, modulation[:-1], strict=True):
+            x = block(x, m, rope, pos, mask, cache)
+        shift, scale = modulation[-1].chunk(2, dim=-1)
+        x = self.txt_out_norm(x) * (1 + scale) + shift
+        return self.txt_out.proj(x).float()
+
+    def new_cache(self, batch_size, max_len):
+        """A cache for `forward` that holds max_len latents a row."""
+        c, weight = self.config, self.txt_in.proj.weight
+        return KVCache(c.n_layer, batch_size, c.n_head, max_len, c.head_dim, weight.device, weight.dtype)

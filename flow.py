@@ -1,0 +1,86 @@
+"""Flow matching in latent space: the stage-2 loss, guidance and the ODE solvers.
+
+Data sit at t = 0 and noise at t = 1 (several other libraries have it the other way round):
+
+    z_t = (1 - t) z0 + t z1,    z1 ~ N(0, I),    velocity v = dz/dt = z1 - z0
+
+so generation integrates the velocity from t = 1 down to t = 0 (Eq. 2.1.2).
+"""
+
+import torch
+
+from vae import block_mask
+
+
+def sample_times(batch_size, loc, scale, generator=None, device=None):
+    """Logit-normal times t = sigmoid(N(loc, scale)), one per sequence, (B,)."""
+    return torch.sigmoid(loc + scale * torch.randn(batch_size, generator=generator, device=device))
+
+
+def simulated_prompts(batch_size, n, block_size, probability, generator=None, device=None):
+    """Latents that play the part of a prompt: with `probability`, a block keeps a random proper prefix clean.
+
+    Generation from a prompt that ends inside a block starts exactly like that.  Returns bool (B, n)."""
+    n_blocks = -(-n // block_size)
+    chosen = torch.rand(batch_size, n_blocks, generator=generator, device=device) < probability
+    length = torch.randint(1, max(block_size, 2), (batch_size, n_blocks), generator=generator, device=device)
+    inside = torch.arange(block_size, device=device) < length[..., None]  # (B, n_blocks, block_size)
+    return (inside & chosen[..., None] & (block_size > 1)).flatten(1)[:, :n]
+
+
+def flow_matching_loss(dit, z0, z1, t, prompt=None, valid=None, block_size=None):
+    """L_FM of all blocks in one pass (stage 2, last term of Eq. 2.2.3).
+
+    z0, z1 (B, n, d) clean latents and noise, t (B,).  prompt: bool (B, n), latents that stay clean and carry no loss;
+    valid: bool (B, n), False on padding; block_size: an int, or (B,) on the CPU to give each row its own, default the
+    model's.  Returns the mean squared velocity error per channel, a scalar.
+
+    Layout: [clean z0 without its last block | noisy z_t], both halves at the same positions, so that every noisy
+    block is predicted from exactly the clean history that the sampler's cache would hold.  The last clean block is
+    nobody's history.  History and target are constants; in joint training the gradient reaches the encoder through
+    z_t alone, or it could shorten the loss by moving its own target.
+    """
+    B, n, _ = z0.shape
+    block_size = torch.as_tensor(dit.config.block_size if block_size is None else block_size)
+    n_clean = int(((n - 1) // block_size * block_size).max())
+    zt = (1 - t[:, None, None]) * z0 + t[:, None, None] * z1
+    clean = torch.zeros(B, n_clean + n, dtype=torch.bool, device=z0.device)
+    clean[:, :n_clean] = True
+    if prompt is not None:
+        zt = torch.where(prompt[..., None], z0.detach(), zt)
+        clean[:, n_clean:] = prompt
+    pos, mask = training_layout(n, n_clean, block_size, z0.device)
+    v = dit(torch.cat([z0.detach()[:, :n_clean], zt], dim=1), t, clean=clean, pos=pos, mask=mask)[:, n_clean:]
+
+    error = (v - (z1 - z0.detach())).square().mean(-1)  # (B, n)
+    counts = torch.ones_like(error) if valid is None else valid.float()
+    if prompt is not None:
+        counts = counts * ~prompt
+    return (error * counts).sum() / counts.sum().clamp(min=1)
+
+
+def training_layout(n, n_clean, block_size, device):
+    """Positions (1, N) on the CPU, N = n_clean + n, and attention mask (1 or B, 1, N, N) of [clean | noisy]."""
+    pos = torch.cat([torch.arange(n_clean), torch.arange(n)])[None]
+    copy = (torch.arange(n_clean + n) >= n_clean).long()  # 0 clean, 1 noisy
+    block = pos // block_size.reshape(-1, 1)
+    return pos, block_mask(block, block, copy, copy)[:, None].to(device)
+
+
+def guide(v_cond, v_uncond, cfg_scale):
+    """Classifier-free guidance u + s (c - u), where u is the velocity of a block without its history."""
+    return v_uncond + cfg_scale * (v_cond - v_uncond)
+
+
+def solve(velocity, z, times, solver="euler"):
+    """Integrate dz/dt = velocity(z, i) along times[0] > times[1] > ... ; i is the index of the time in `times`.
+
+    z any shape.  `euler`: one evaluation a step.  `heun`: two, the mean of the slopes at both ends of the step
+    (the last step of a run to t = 0 evaluates at 0 as well)."""
+    for i in range(len(times) - 1):
+        dt = times[i + 1] - times[i]
+        v = velocity(z, i)
+        if solver == "heun":
+            v = (v + velocity(z + dt * v, i + 1)) / 2
+        z = z + dt * v
+    return z

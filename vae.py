@@ -1,0 +1,355 @@
+"""The Text VAE: tokens <-> continuous latents (stage 1 of Cola DLM).
+
+The encoder q_phi(z0 | x) turns every patch of tokens into one diagonal Gaussian; the decoder p_theta(x | z0) reads
+a block of latents and names all its tokens at once.  Tokens are the surface of a text, latents its meaning: whatever
+concerns spelling lives in this file, and the prior (dit.py) never sees a token.
+
+Stage 1 minimises (Eq. 2.2.1)
+
+    -log p(x | z0) + beta KL(q(z0 | x) || N(0, I)) + mask_weight L_mask          z0 ~ q(z0 | x)
+
+Both halves are transformers with the same block-causal mask: bidirectional inside a block of `block_size` latents,
+causal across blocks.  That is what lets a decoder with a key/value cache emit text block by block.
+
+Also here, because this is the first file that needs them: the attention mask, the key/value cache and the attention
+call that the DiT shares.  Parameter names are those of the released checkpoint, so a state_dict needs no translation.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class VAEConfig:
+    """Defaults are the released 0.5 B model (501,871,574 parameters)."""
+
+    vocab_size: int = 100278
+    dim: int = 1536  # C, the width
+    ffn_dim: int = 6144  # SwiGLU splits it into value and gate, so the hidden width is half of this
+    n_head: int = 12
+    n_encoder_layer: int = 4
+    n_decoder_layer: int = 4
+    latent_dim: int = 16  # d, channels of one latent
+    patch_size: int = 1  # p, tokens per latent
+    block_size: int = 16  # latents per block of the attention mask
+    post_norm: bool = True  # False: ordinary pre-norm blocks
+    qk_norm: bool = True  # LayerNorm on queries and keys, over the whole width
+    qk_bias: bool = False  # bias of the query/key/value projection
+    bias: bool = True  # bias of every other linear layer
+    encoder_last_ln: bool = True  # normalise mu, so that |mu|^2 = d: this fixes the scale of the latents
+    use_variation: bool = True  # False: a plain autoencoder, whose posterior has no variance
+    scaling_factor: float = 1.0  # the DiT sees (z - shifting_factor) * scaling_factor
+    shifting_factor: float = 0.0
+    norm_eps: float = 1e-6
+    rope_theta: float = 500000.0
+    init_std: float = 0.02
+
+    def __post_init__(self):
+        if self.dim % (2 * self.n_head):
+            raise ValueError(f"dim {self.dim} must be a multiple of 2 * n_head = {2 * self.n_head}")
+        if self.ffn_dim % 2:
+            raise ValueError(f"ffn_dim {self.ffn_dim} must be even: SwiGLU splits it in two")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention: one mask, one cache, one call, shared with dit.py
+
+
+def block_mask(q_block, k_block, q_copy=None, k_copy=None):
+    """Which keys a query sees: True where attention is allowed.
+
+    q_block (..., Lq), k_block (..., Lk): the index of the block that a position belongs to.
+    q_copy, k_copy: which copy of the sequence, 0 for the clean one and 1, 2, ... for noisy ones (training layout of
+    flow.py); left out, everything is clean.  Returns a bool tensor (..., Lq, Lk):
+
+    - history: clean keys of strictly earlier blocks;
+    - own block: keys of the same block in the same copy.
+
+    A noisy block hence never sees its own clean version, which is the answer.
+    """
+    q_block, k_block = q_block[..., :, None], k_block[..., None, :]
+    if q_copy is None:
+        return k_block <= q_block
+    q_copy, k_copy = q_copy[..., :, None], k_copy[..., None, :]
+    return ((k_copy == 0) & (k_block < q_block)) | ((k_copy == q_copy) & (k_block == q_block))
+
+
+class KVCache:
+    """Rotated keys and values of the history, allocated once for `max_len` positions a row.
+
+    Rows may have histories of different lengths (`length`, kept on the CPU so that asking never waits for the GPU).
+    A forward pass writes its own keys and values behind the history of each row; they are scratch, overwritten by the
+    next pass, until `commit` makes them part of the history.  That is how the steps of an ODE solver reuse one cache.
+    """
+
+    def __init__(self, n_layer, batch_size, n_head, max_len, head_dim, device=None, dtype=None):
+        shape = (n_layer, batch_size, n_head, max_len, head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)  # zeros: a masked NaN would still be a NaN
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = torch.zeros(batch_size, dtype=torch.long)
+
+    @property
+    def batch_size(self):
+        return self.k.shape[1]
+
+    def positions(self, n):
+        """Positions of the next n latents of each row, (B, n), or (1, n) if all histories are equally long."""
+        same = bool((self.length == self.length[0]).all())
+        start = self.length[:1] if same else self.length
+        return start[:, None] + torch.arange(n)
+
+    def write(self, layer, pos, k, v):
+        """Put k, v (B, H, n, D) at positions pos and return all keys and values up to the longest row, (B, H, K, D)."""
+        end = int(pos.max()) + 1
+        if end > self.k.shape[3]:
+            raise ValueError(f"a cache of {self.k.shape[3]} positions cannot hold position {end - 1}")
+        if len(pos) == 1:  # equal histories: a plain slice
+            self.k[layer, :, :, pos[0, 0] : end] = k
+            self.v[layer, :, :, pos[0, 0] : end] = v
+        else:
+            rows = torch.arange(len(pos))[:, None]
+            self.k[layer][rows, :, pos] = k.transpose(1, 2)
+            self.v[layer][rows, :, pos] = v.transpose(1, 2)
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def commit(self, n):
+        """The last n positions written (an int, or a CPU tensor (B,) of one n a row) are history from now on."""
+        self.length = self.length + n
+
+
+def layout(n, block_size, device, cache=None):
+    """Positions and attention mask of n new latents: pos (1 or B, n) on the CPU, mask None where all is visible."""
+    if cache is None:
+        pos = torch.arange(n)[None]
+        if n <= block_size:
+            return pos, None
+        return pos, block_mask(pos[0] // block_size, pos[0] // block_size).to(device)
+    pos = cache.positions(n)
+    k_pos = torch.arange(int(pos.max()) + 1)
+    mask = block_mask(pos // block_size, k_pos // block_size)[:, None]  # (1 or B, 1, n, K)
+    return pos, None if mask.all() else mask.to(device)
+
+
+def attend(q, k, v, pos, mask=None, cache=None, layer=0):
+    """softmax(q k^T / sqrt(D)) v, all (B, H, L, D), with the history in `cache` if there is one.
+
+    A batch may have more rows than the cache: the rows beyond it have no history and see only the positions that
+    come with them.  Classifier-free guidance runs its unconditional branch that way, in the same batch.
+    """
+    if cache is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    n = cache.batch_size
+    out = F.scaled_dot_product_attention(q[:n], *cache.write(layer, pos, k[:n], v[:n]), attn_mask=mask)
+    if len(q) > n:
+        out = torch.cat([out, F.scaled_dot_product_attention(q[n:], k[n:], v[n:])])
+    return out
+
+
+def rope_table(pos, dim, theta, device):
+    """cos and sin of position * theta^(-2i/dim), i = 0 .. dim/2-1, each (B, 1, L, dim/2) in fp32."""
+    freqs = 1.0 / theta ** (torch.arange(0, dim, 2, device=device).float() / dim)
+    angle = pos.to(device)[:, None, :, None].float() * freqs
+    return angle.cos(), angle.sin()
+
+
+def rotate_halves(x, rope):
+    """Rotary embedding of the half-split kind: channel i turns with channel i + D/2.  x (B, H, L, D)."""
+    cos, sin = rope
+    x1, x2 = x.float().chunk(2, dim=-1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).type_as(x)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+class Posterior:
+    """The diagonal Gaussian q(z0 | x).  mu and logvar (B, n, d) in fp32; a logvar of None means no variance at all."""
+
+    def __init__(self, mu, logvar=None):
+        self.mu, self.logvar = mu, logvar
+
+    def sample(self, generator=None):
+        """mu + sigma * eps, differentiable in mu and sigma.  (B, n, d)"""
+        if self.logvar is None:
+            return self.mu
+        eps = torch.randn(self.mu.shape, generator=generator, device=self.mu.device)
+        return self.mu + torch.exp(0.5 * self.logvar) * eps
+
+    def kl(self, other=None):
+        """KL to another Posterior, or to N(0, I), in nats per latent.  (B, n)"""
+        if self.logvar is None:
+            return torch.zeros_like(self.mu[..., 0])
+        mu, logvar = (0.0, torch.zeros_like(self.logvar)) if other is None else (other.mu, other.logvar)
+        ratio = torch.exp(self.logvar - logvar) + (self.mu - mu) ** 2 * torch.exp(-logvar)
+        return 0.5 * (ratio - 1.0 + logvar - self.logvar).sum(-1)
+
+    def entropy(self):
+        """Differential entropy in nats per latent, -E[log q(z0 | x)].  (B, n)"""
+        if self.logvar is None:
+            return torch.zeros_like(self.mu[..., 0])
+        log_2pi_e = 2.8378770664093453
+        return 0.5 * (self.logvar + log_2pi_e).sum(-1)
+
+    def log_snr(self):
+        """log(mean mu^2 / mean sigma^2) over everything: how far the latents stand out of their own noise."""
+        return torch.log((self.mu**2).mean() / torch.exp(self.logvar).mean())
+
+
+class VAEBlock(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        C, eps = config.dim, config.norm_eps
+        self.n_head, self.post_norm, self.layer = config.n_head, config.post_norm, layer
+        self.norm_attn = nn.LayerNorm(C, eps)
+        self.qkv_proj = nn.Linear(C, 3 * C, bias=config.qk_bias)
+        self.q_norm = nn.LayerNorm(C, eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(C, eps) if config.qk_norm else nn.Identity()
+        self.attn_out_proj = nn.Linear(C, C, bias=config.bias)
+        self.norm_ffn = nn.LayerNorm(C, eps)
+        self.ffn_proj = nn.Linear(C, config.ffn_dim, bias=config.bias)
+        self.ffn_out = nn.Linear(config.ffn_dim // 2, C, bias=config.bias)
+
+    def attention(self, x, rope, pos, mask, cache):
+        q, k, v = self.qkv_proj(x).chunk(3, dim=-1)  # 3 x (B, L, C)
+        q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (y.unflatten(-1, (self.n_head, -1)).transpose(1, 2).to(v.dtype) for y in (q, k, v))  # (B, H, L, D)
+        out = attend(rotate_halves(q, rope), rotate_halves(k, rope), v, pos, mask, cache, self.layer)
+        return self.attn_out_proj(out.transpose(1, 2).flatten(2))
+
+    def ffn(self, x):
+        value, gate = self.ffn_proj(x).chunk(2, dim=-1)
+        return self.ffn_out(F.silu(gate) * value)
+
+    def forward(self, x, *attention_args):
+        """x (B, L, C).  With post_norm the two branches differ: attention reads the raw stream while the stream itself
+        is normalised; the feed-forward branch has its output normalised."""
+        if self.post_norm:
+            x = self.norm_attn(x) + self.attention(x, *attention_args)
+            return x + self.norm_ffn(self.ffn(x))
+        x = x + self.attention(self.norm_attn(x), *attention_args)
+        return x + self.ffn(self.norm_ffn(x))
+
+
+class TextVAE(nn.Module):
+    """`encode`: tokens -> Posterior.  `decode`: latents -> logits."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        n_out = 2 * c.latent_dim if c.use_variation else c.latent_dim
+        self.encoder = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(c.vocab_size + 1, c.dim),  # the last row is [MASK]
+                patch_embedder=nn.Conv1d(c.dim, c.dim, kernel_size=c.patch_size, stride=c.patch_size),
+                blocks=nn.ModuleList(VAEBlock(c, i) for i in range(c.n_encoder_layer)),
+                final_layer=nn.Linear(c.dim, n_out, bias=c.bias),
+            )
+        )
+        self.decoder = nn.ModuleDict(
+            dict(
+                in_layer=nn.Linear(c.latent_dim, c.dim, bias=c.bias),
+                blocks=nn.ModuleList(VAEBlock(c, i) for i in range(c.n_decoder_layer)),
+                unpatch_layer=nn.Linear(c.dim, c.patch_size * c.dim),
+                final_norm=nn.LayerNorm(c.dim, c.norm_eps),
+                final_layer=nn.Linear(c.dim, c.vocab_size, bias=c.bias),
+            )
+        )
+        self.init_weights()
+
+    @property
+    def mask_id(self):
+        return self.config.vocab_size
+
+    def init_weights(self):
+        """Truncated normal weights (cut at 3 std), zero biases; LayerNorms start as the identity."""
+        std = self.config.init_std
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv1d)):
+                nn.init.trunc_normal_(module.weight, std=std, a=-3 * std, b=3 * std)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
+
+    def transform(self, x, blocks, cache=None):
+        """The transformer of either half.  x (B, n, C) -> (B, n, C)"""
+        c = self.config
+        pos, mask = layout(x.shape[1], c.block_size, x.device, cache)
+        rope = rope_table(pos, c.dim // c.n_head, c.rope_theta, x.device)
+        for block in blocks:
+            x = block(x, rope, pos, mask, cache)
+        return x
+
+    def encode(self, idx):
+        """idx (B, L) token ids, L a multiple of patch_size -> Posterior of mu, logvar (B, L/p, d).
+
+        Rows of different lengths are padded on the right.  No mask is needed for that: a block never sees later
+        blocks.  Padding inside the last block of a text does change that block, as in the released model.
+        """
+        c = self.config
+        if idx.shape[1] % c.patch_size:
+            raise ValueError(f"{idx.shape[1]} tokens are not a multiple of patch_size {c.patch_size}")
+        x = self.encoder.wte(idx)  # (B, L, C)
+        x = self.encoder.patch_embedder(x.transpose(1, 2)).transpose(1, 2)  # (B, n, C)
+        x = self.transform(x, self.encoder.blocks)
+        x = self.encoder.final_layer(x).float()  # (B, n, 2d): a posterior in half precision would lose the KL
+        if not c.use_variation:
+            return Posterior(F.layer_norm(x, (c.latent_dim,), eps=c.norm_eps))
+        mu, logvar = x.chunk(2, dim=-1)
+        if c.encoder_last_ln:
+            mu = F.layer_norm(mu, (c.latent_dim,), eps=c.norm_eps)
+        return Posterior(mu, logvar.clamp(-30.0, 20.0))
+
+    def decode(self, z, cache=None):
+        """z (B, n, d) latents -> logits (B, n*p, V).  With a cache, z continues the history held there."""
+        c = self.config
+        x = self.decoder.in_layer(z.to(self.decoder.in_layer.weight.dtype))  # (B, n, C)
+        x = self.transform(x, self.decoder.blocks, cache)
+        x = self.decoder.unpatch_layer(x)  # (B, n, C*p)
+        x = x.unflatten(-1, (c.dim, c.patch_size)).transpose(2, 3).flatten(1, 2)  # (B, n*p, C)
+        return self.decoder.final_layer(self.decoder.final_norm(x))
+
+    def new_cache(self, batch_size, max_len):
+        """A cache for `decode` that holds max_len latents a row."""
+        c, weight = self.config, self.decoder.in_layer.weight
+        return KVCache(c.n_decoder_layer, batch_size, c.n_head, max_len, c.dim // c.n_head, weight.device, weight.dtype)
+
+
+def token_cross_entropy(logits, idx):
+    """-log p(x | z0) in nats per token, unreduced: logits (B, L, V), idx (B, L) -> (B, L)."""
+    return F.cross_entropy(logits.float().transpose(1, 2), idx, reduction="none")
+
+
+def masked_view_loss(vae, idx, mask_ratio, generator=None):
+    """L_mask: replace a share of the tokens by [MASK], encode, sample, decode, and score the masked positions only.
+
+    It keeps the latents from becoming a mere code book of single tokens: the latent of a hidden token can only come
+    from its neighbours.  Returns a scalar in nats per masked token."""
+    masked = torch.rand(idx.shape, generator=generator, device=idx.device) < mask_ratio
+    z = vae.encode(idx.masked_fill(masked, vae.mask_id)).sample(generator)
+    ce = token_cross_entropy(vae.decode(z), idx)
+    return (ce * masked).sum() / masked.sum().clamp(min=1)
+
+
+def vae_loss(vae, idx, beta, mask_weight, mask_ratio, generator=None):
+    """The stage-1 objective (Eq. 2.2.1) in nats per token.
+
+    idx (B, L).  Returns (loss, terms): terms holds reconstruction, kl (per token, not yet times beta), mask and
+    log_snr as detached scalars."""
+    posterior = vae.encode(idx)
+    reconstruction = token_cross_entropy(vae.decode(posterior.sample(generator)), idx).mean()
+    kl = posterior.kl().mean() / vae.config.patch_size
+    mask = masked_view_loss(vae, idx, mask_ratio, generator) if mask_weight > 0 else torch.zeros_like(kl)
+    loss = reconstruction + beta * kl + mask_weight * mask
+    terms = dict(reconstruction=reconstruction, kl=kl, mask=mask)
+    if posterior.logvar is not None:
+        terms["log_snr"] = posterior.log_snr()
+    return loss, {name: value.detach() for name, value in terms.items()}
+
+
+@torch.no_grad()
+def token_accuracy(vae, idx):
+    """Share of tokens that argmax decode(mu) gives back.  idx (B, L)"""
+    return (vae.decode(vae.encode(idx).mu).argmax(-1) == idx).float().mean().item()
