@@ -318,8 +318,8 @@ class TextVAE(nn.Module):
 
 
 def token_cross_entropy(logits, idx):
-    """-log p(x | z0) in nats per token, unreduced: logits (B, L, V), idx (B, L) -> (B, L)."""
-    return F.cross_entropy(logits.float().transpose(1, 2), idx, reduction="none")
+    """-log p(x | z0) in nats, the mean over all tokens: logits (..., V), idx (...) -> scalar."""
+    return F.cross_entropy(logits.float().flatten(0, -2), idx.flatten())
 
 
 def masked_view_loss(vae, idx, mask_ratio, generator=None):
@@ -329,8 +329,9 @@ def masked_view_loss(vae, idx, mask_ratio, generator=None):
     from its neighbours.  Returns a scalar in nats per masked token."""
     masked = torch.rand(idx.shape, generator=generator, device=idx.device) < mask_ratio
     z = vae.encode(idx.masked_fill(masked, vae.mask_id)).sample(generator)
-    ce = token_cross_entropy(vae.decode(z), idx)
-    return (ce * masked).sum() / masked.sum().clamp(min=1)
+    if not masked.any():
+        return z.new_zeros(())
+    return token_cross_entropy(vae.decode(z)[masked], idx[masked])
 
 
 def vae_loss(vae, idx, beta, mask_weight, mask_ratio, generator=None):
@@ -339,7 +340,7 @@ def vae_loss(vae, idx, beta, mask_weight, mask_ratio, generator=None):
     idx (B, L).  Returns (loss, terms): terms holds reconstruction, kl (per token, not yet times beta), mask and
     log_snr as detached scalars."""
     posterior = vae.encode(idx)
-    reconstruction = token_cross_entropy(vae.decode(posterior.sample(generator)), idx).mean()
+    reconstruction = token_cross_entropy(vae.decode(posterior.sample(generator)), idx)
     kl = posterior.kl().mean() / vae.config.patch_size
     mask = masked_view_loss(vae, idx, mask_ratio, generator) if mask_weight > 0 else torch.zeros_like(kl)
     loss = reconstruction + beta * kl + mask_weight * mask

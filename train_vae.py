@@ -1,0 +1,123 @@
+"""Stage 1: train the Text VAE (Eq. 2.2.1).
+
+    python train_vae.py                              # the text inside Python, a small model, about a minute on a CPU
+    python train_vae.py --data my_texts/ --out runs/mine
+    python train_vae.py --resume                     # go on where a run was interrupted
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch
+from tqdm import tqdm
+
+import data
+from cola import save_vae
+from common import Run, autocast, learning_rate, make_optimizer, optimizer_step, option, parse_options, pick_device
+from common import run_script, step_generator
+from vae import TextVAE, VAEConfig, token_accuracy, vae_loss
+
+
+@dataclass
+class Options:
+    # data
+    data: tuple = option(("pydoc",), "text files, folders, .jsonl, a folder made by data.py, or pydoc: Python's own text")
+    tokenizer: str = option("bpe", "bpe (trained on the text), a tokenizer.json, or a tiktoken name such as cl100k_base")
+    vocab_size: int = option(2048, "size of a trained vocabulary", low=258)
+    # model
+    preset: str = option("small", "model and recipe: small, or 2b for the paper's", choices=("small", "2b"))
+    dim: int = option(192, "width", low=2)
+    ffn_dim: int = option(768, "width of the feed-forward layer before SwiGLU halves it", low=2)
+    n_head: int = option(3, "attention heads", low=1)
+    n_encoder_layer: int = option(2, "encoder blocks", low=0)
+    n_decoder_layer: int = option(2, "decoder blocks", low=0)
+    latent_dim: int = option(16, "channels of a latent", low=1)
+    patch_size: int = option(1, "tokens per latent", low=1)
+    block_size: int = option(8, "latents per block, the unit of generation", low=1)
+    # objective
+    beta: float = option(1e-2, "weight of the KL to N(0, I), in nats per token", low=0.0)
+    mask_weight: float = option(0.5, "weight of the masked-view loss", low=0.0)
+    mask_ratio: float = option(0.2, "share of tokens masked in that view", low=0.0, high=1.0)
+    # optimization
+    steps: int = option(600, "training steps", low=1)
+    batch_size: int = option(16, "sequences per step", low=1)
+    seq_len: int = option(128, "tokens per sequence", low=1)
+    lr: float = option(2e-3, "peak learning rate", low=0.0)
+    final_lr: float = option(1e-4, "learning rate at the end of the cosine", low=0.0)
+    warmup: int = option(30, "steps of linear warm-up", low=0)
+    weight_decay: float = option(0.01, "AdamW weight decay of matrices", low=0.0)
+    clip: float = option(1.0, "largest norm of the gradient", low=0.0)
+    # run
+    out: str = option("runs/vae", "folder of the run and of the trained VAE")
+    resume: bool = option(False, "continue the run in that folder")
+    save_every: int = option(200, "steps between checkpoints", low=1)
+    log_every: int = option(10, "steps between rows of log.jsonl", low=1)
+    seed: int = option(0, "seed of weights, batches and noise", low=0)
+    device: str = option("auto", "auto, cpu, cuda, mps")
+    precision: str = option("auto", "of matrix products; weights stay fp32", choices=("auto", "fp32", "bf16"))
+
+
+PRESETS = {
+    "2b": dict(
+        tokenizer="cl100k_base", dim=1536, ffn_dim=6144, n_head=12, n_encoder_layer=4, n_decoder_layer=4, block_size=16,
+        steps=200_000, batch_size=1408, seq_len=512, lr=1.5e-4, final_lr=1e-5, warmup=5000, save_every=1000,
+    ),
+}  # fmt: skip
+
+
+def main():
+    options, given = parse_options(Options, __doc__, PRESETS)
+    run = Run(options, given)
+    o, device = run.options, pick_device(options.device)
+    amp = autocast(device, o.precision)
+
+    # Text, tokens, tokenizer.
+    folder = o.data[0] if len(o.data) == 1 and data.is_prepared(o.data[0]) else run.folder / "data"
+    corpus = data.open_tokens(folder) if data.is_prepared(folder) else data.prepare(
+        o.data, o.tokenizer, o.vocab_size, folder
+    )  # fmt: skip
+    data.check_length(corpus, o.batch_size, o.seq_len)
+    data.save_tokenizer(corpus.tokenizer, run.folder / "tokenizer.json")
+
+    # Model and optimizer, new or as they were.
+    torch.manual_seed(o.seed)
+    shape = {name: value for name, value in asdict(o).items() if name in VAEConfig.__dataclass_fields__}
+    vae = TextVAE(VAEConfig(**shape | dict(vocab_size=corpus.tokenizer.n_vocab))).to(device)
+    optimizer = make_optimizer([(vae, 1.0)], o.weight_decay)
+    first_step = 0
+    if run.state:
+        vae.load_state_dict(run.state["vae"])
+        optimizer.load_state_dict(run.state["optimizer"])
+        first_step = run.state["step"]
+    n_params = sum(p.numel() for p in vae.parameters())
+    print(f"{len(corpus.train):,} training tokens, {vae.config.vocab_size:,} ids; VAE of {n_params:,} parameters on {device}")
+
+    def save(step):
+        save_vae(vae, run.folder)
+        run.save(step, vae=vae.state_dict(), optimizer=optimizer.state_dict())
+
+    tokens_per_step = o.batch_size * o.seq_len
+    bar = tqdm(total=o.steps * tokens_per_step, initial=first_step * tokens_per_step, unit="tok", unit_scale=True)
+    for step in range(first_step, o.steps):
+        idx = data.random_batch(corpus.train, o.batch_size, o.seq_len, o.seed, step).to(device)  # (B, L)
+        lr = learning_rate(step, o.steps, o.warmup, o.lr, o.final_lr)
+        with amp:
+            loss, terms = vae_loss(vae, idx, o.beta, o.mask_weight, o.mask_ratio, step_generator(o.seed, step, device))
+        optimizer_step(optimizer, loss, lr, o.clip)
+
+        bar.update(tokens_per_step)
+        if (step + 1) % o.log_every == 0 or step + 1 == o.steps:
+            row = {name: value.item() for name, value in dict(loss=loss, **terms).items()}
+            run.log.append(dict(step=step + 1, lr=lr, **row))
+            bar.set_postfix({name: f"{value:.3f}" for name, value in row.items()} | dict(lr=f"{lr:.1e}"))
+        if (step + 1) % o.save_every == 0 or step + 1 == o.steps:
+            save(step + 1)
+    bar.close()
+
+    vae.eval()
+    held_out = data.even_batch(corpus.val, 128, o.seq_len).to(device)
+    print(f"reconstruction: {100 * token_accuracy(vae, held_out):.2f} % of {held_out.numel():,} held-out tokens")
+    print(f"the VAE is in {run.folder}; next: python train_prior.py --vae {run.folder}")
+
+
+if __name__ == "__main__":
+    run_script(main)
