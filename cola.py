@@ -155,7 +155,7 @@ class ColaDLM(nn.Module):
         latents = self.to_dit(self.vae.encode(pad_rows(ids, chunk, pad_id, device)).mu) if any(ids) else None
         n_prompt = torch.tensor([-(-len(row) // c.patch_size) for row in ids])  # prompt latents
         n_history = n_prompt // block_size * block_size
-        n_slots = [len(row) - int(h) * c.patch_size for row, h in zip(ids, n_history, strict=True)]  # prompt tokens left
+        n_slots = [len(row) - int(h) * c.patch_size for row, h in zip(ids, n_history, strict=True)]  # tokens left over
         n_blocks = max(-(-(slots + max_new_tokens) // chunk) for slots in n_slots)
         if noise is not None:
             if noise.dim() != 4 or noise.shape[1:] != (B, block_size, d):
@@ -187,8 +187,8 @@ class ColaDLM(nn.Module):
         for b in range(n_blocks):
             # 3. Noise to latents, given the history.
             generators = [torch.Generator().manual_seed(seed + 1000 * i + 10_000_000 * b) for i in range(B)]
-            z = torch.stack([torch.randn(block_size, d, generator=g) for g in generators]) if noise is None else noise[b]
-            z = z.to(device, torch.float32)
+            z = torch.stack([torch.randn(block_size, d, generator=g) for g in generators])
+            z = (z if noise is None else noise[b]).to(device, torch.float32)
             clean = known.to(device) if b == 0 and known.any() else None
             if clean is not None:
                 z = torch.where(clean[..., None], pinned, z)

@@ -88,7 +88,7 @@ def pick_device(name="auto"):
 
 
 def autocast(device, precision="auto"):
-    """Mixed precision: matrix products in bfloat16, weights in fp32.  "auto": where the hardware multiplies bfloat16."""
+    """Mixed precision: matrix products in bfloat16, weights in fp32.  "auto": where hardware multiplies bfloat16."""
     if precision == "auto":
         if device.type == "cuda":
             fast = torch.cuda.is_bf16_supported()
@@ -175,6 +175,12 @@ class Run:
             self.log = self.state["log"]
         elif any((self.folder / name).exists() for name in ("training.pt", "cola_vae", "cola_dit")):
             raise FileExistsError(f"{self.folder} already holds a run: add --resume, or choose another --out")
+
+    def record(self, bar, step, lr, terms):
+        """Add a row to the log and show it on the progress bar.  terms: {name: scalar tensor}."""
+        row = {name: value.item() for name, value in terms.items()}
+        self.log.append(dict(step=step, lr=lr) | row)
+        bar.set_postfix({name: f"{value:.3f}" for name, value in row.items()} | dict(lr=f"{lr:.1e}"))
 
     def save(self, step, **state):
         """Write state_dicts and the log; complete or not at all."""

@@ -8,15 +8,16 @@ of tiktoken's own.  Token files are flat uint32 arrays (100,278 ids do not fit i
 """
 
 import ast
+import contextlib
 import heapq
 import json
 import re
 import sysconfig
-import tempfile
 import warnings
 import zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -96,9 +97,9 @@ def pydoc_documents():
         except (SyntaxError, ValueError, OSError):
             continue
         for node in ast.walk(tree):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                if text := ast.get_docstring(node):
-                    yield text + "\n"
+            documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+            if documented and (text := ast.get_docstring(node)):
+                yield text + "\n"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -124,7 +125,7 @@ def train_bpe(texts, vocab_size):
     weight = list(counts.values())
     pair_count, pair_words = Counter(), defaultdict(set)
     for i, word in enumerate(words):
-        for pair in zip(word, word[1:]):
+        for pair in pairwise(word):
             pair_count[pair] += weight[i]
             pair_words[pair].add(i)
     token_bytes = [bytes([b]) for b in range(256)]
@@ -150,9 +151,9 @@ def train_bpe(texts, vocab_size):
                 else:
                     merged.append(old[j])
                     j += 1
-            for p in zip(old, old[1:]):
+            for p in pairwise(old):
                 pair_count[p] -= weight[i]
-            for p in zip(merged, merged[1:]):
+            for p in pairwise(merged):
                 pair_count[p] += weight[i]
                 pair_words[p].add(i)
                 if new in p:
@@ -225,7 +226,7 @@ def split_pattern(pre_tokenizer):
 
 def save_tokenizer(tokenizer, path):
     """Write tokenizer.json so that this file and the `tokenizers` library read the same tokenizer back."""
-    ranks = tokenizer._mergeable_ranks
+    ranks, special = spelling(tokenizer)
 
     def spell(token):
         return "".join(BYTE_TO_CHAR[b] for b in token)
@@ -241,7 +242,7 @@ def save_tokenizer(tokenizer, path):
         version="1.0",
         truncation=None,
         padding=None,
-        added_tokens=[dict(id=i, content=text) | flags for text, i in tokenizer._special_tokens.items()],
+        added_tokens=[dict(id=i, content=text) | flags for text, i in special.items()],
         normalizer=None,
         pre_tokenizer=dict(type="Sequence", pretokenizers=[split, byte_level]),
         post_processor=None,
@@ -256,10 +257,15 @@ def last_merge(token, ranks):
     """The two tokens whose merge made this one: merge its bytes in order of rank, but not the last time."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        pairs = [ranks.get(a + b, float("inf")) for a, b in zip(parts, parts[1:])]
+        pairs = [ranks.get(a + b, float("inf")) for a, b in pairwise(parts)]
         i = pairs.index(min(pairs))
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts
+
+
+def spelling(tokenizer):
+    """What each id stands for: two tokenizers that agree here are one."""
+    return tokenizer._mergeable_ranks, tokenizer._special_tokens
 
 
 def encode_prompt(tokenizer, text):
@@ -273,10 +279,8 @@ def decode_bytes(tokenizer, ids):
     """UTF-8 bytes of ids; an id that the model has but the tokenizer does not stands for nothing."""
     parts = []
     for i in ids:
-        try:
+        with contextlib.suppress(KeyError):
             parts.append(tokenizer.decode_single_token_bytes(i))
-        except KeyError:
-            pass
     return b"".join(parts)
 
 
@@ -293,8 +297,6 @@ def prepare(source, tokenizer, vocab_size, folder):
     tokenizer: "bpe" to train one of `vocab_size` ids on the first 8 MB, else see `load_tokenizer`.
     Documents are held out by a hash of their text, so the same text always falls on the same side."""
     folder = Path(folder)
-    if (folder / "train.bin").exists():
-        raise FileExistsError(f"{folder} already holds token files: choose another folder")
     encoding = train_bpe(sample(documents(source)), vocab_size) if tokenizer == "bpe" else load_tokenizer(tokenizer)
     with replacing(folder / "train.bin") as train, replacing(folder / "val.bin") as val:
         with open(train, "wb") as train_file, open(val, "wb") as val_file:
@@ -358,8 +360,10 @@ def open_tokens(folder):
     return Corpus(*splits, tokenizer)
 
 
-def check_length(corpus, batch_size, seq_len):
-    """Raises ValueError if the text cannot fill one batch."""
+def check_length(corpus, batch_size, seq_len, chunk):
+    """Raises ValueError if the text cannot fill one batch, or blocks of `chunk` tokens cannot fill a sequence."""
+    if seq_len % chunk:
+        raise ValueError(f"--seq-len {seq_len} must be a multiple of block_size * patch_size = {chunk}")
     for name, need in [("train", batch_size * seq_len), ("val", seq_len)]:
         have = len(getattr(corpus, name))
         if have < need:
@@ -388,16 +392,18 @@ def windows(tokens, starts, seq_len):
 @dataclass
 class Options:
     out: str = option("tokens", "folder for train.bin, val.bin and tokenizer.json")
-    tokenizer: str = option("bpe", "bpe (trained on the text), a tokenizer.json, or a tiktoken name such as cl100k_base")
+    tokenizer: str = option("bpe", "bpe (trained on the text), a tokenizer.json, or a tiktoken name (cl100k_base)")
     vocab_size: int = option(2048, "size of a trained vocabulary", low=258)
     data: tuple = option(("pydoc",), "text files, folders, .jsonl files, or pydoc: the text inside Python")
 
 
 def main():
     options, _ = parse_options(Options, __doc__)
+    if is_prepared(options.out):
+        raise FileExistsError(f"{options.out} already holds token files: choose another --out")
     corpus = prepare(options.data, options.tokenizer, options.vocab_size, options.out)
-    counts = f"{len(corpus.train):,} training and {len(corpus.val):,} held-out tokens"
-    print(f"{options.out}: {counts} of {corpus.tokenizer.n_vocab:,} ids\nnext: python train_vae.py --data {options.out}")
+    print(f"{len(corpus.train):,} training and {len(corpus.val):,} held-out tokens of {corpus.tokenizer.n_vocab:,} ids")
+    print(f"they are in {options.out}; next: python train_vae.py --data {options.out}")
 
 
 if __name__ == "__main__":

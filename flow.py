@@ -41,7 +41,7 @@ def flow_matching_loss(dit, z0, z1, t, prompt=None, valid=None, block_size=None)
     z_t alone, or it could shorten the loss by moving its own target.
     """
     B, n, _ = z0.shape
-    block_size = torch.as_tensor(dit.config.block_size if block_size is None else block_size)
+    block_size = torch.as_tensor(dit.config.block_size if block_size is None else block_size).reshape(-1, 1)
     n_clean = int(((n - 1) // block_size * block_size).max())
     zt = (1 - t[:, None, None]) * z0 + t[:, None, None] * z1
     clean = torch.zeros(B, n_clean + n, dtype=torch.bool, device=z0.device)
@@ -60,10 +60,12 @@ def flow_matching_loss(dit, z0, z1, t, prompt=None, valid=None, block_size=None)
 
 
 def training_layout(n, n_clean, block_size, device):
-    """Positions (1, N) on the CPU, N = n_clean + n, and attention mask (1 or B, 1, N, N) of [clean | noisy]."""
+    """Positions (1, N) on the CPU, N = n_clean + n, and attention mask (1 or B, 1, N, N) of [clean | noisy].
+
+    block_size: an int, or (B, 1) on the CPU."""
     pos = torch.cat([torch.arange(n_clean), torch.arange(n)])[None]
     copy = (torch.arange(n_clean + n) >= n_clean).long()  # 0 clean, 1 noisy
-    block = pos // block_size.reshape(-1, 1)
+    block = pos // block_size
     return pos, block_mask(block, block, copy, copy)[:, None].to(device)
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import common
 import data
 from cola import check_fit, find_tokenizer, load_vae, save_dit, save_vae
-from common import Run, autocast, learning_rate, make_optimizer, optimizer_step, option, parse_options, pick_device
-from common import run_script, step_generator
+from common import option
 from dit import DiT, DiTConfig
 from flow import flow_matching_loss, sample_times, simulated_prompts
 from vae import masked_view_loss, token_cross_entropy
@@ -38,7 +38,7 @@ class Options:
     # objective
     t_loc: float = option(1.0, "times are sigmoid(N(t_loc, t_scale)); the paper: 1 for d = 16, 1.7 for 64, 2.3 for 128")
     t_scale: float = option(1.0, "see t_loc", low=0.0)
-    prompt_prob: float = option(0.05, "share of blocks that keep a random prefix clean, like a prompt", low=0.0, high=1.0)
+    prompt_prob: float = option(0.05, "share of blocks that keep a random clean prefix, a prompt", low=0.0, high=1.0)
     joint: bool = option(False, "train the VAE along, held near its stage-1 encoder")
     vae_weight: float = option(1.0, "joint: weight of the VAE's terms", low=0.0)
     fm_weight: float = option(1.0, "joint: weight of the flow-matching loss", low=0.0)
@@ -56,7 +56,7 @@ class Options:
     warmup: int = option(50, "steps of linear warm-up", low=0)
     weight_decay: float = option(0.01, "AdamW weight decay of matrices", low=0.0)
     clip: float = option(1.0, "largest norm of the gradient", low=0.0)
-    ema: float = option(0.99, "decay of the moving average of the prior's weights, which is what gets sampled", high=1.0)
+    ema: float = option(0.99, "decay of the moving average of the weights, which is what gets sampled", high=1.0)
     # run
     out: str = option("runs/cola", "folder of the run and of the whole model")
     resume: bool = option(False, "continue the run in that folder")
@@ -116,10 +116,10 @@ def update_ema(ema, model, decay, step):
 
 
 def main():
-    options, given = parse_options(Options, __doc__, PRESETS)
-    run = Run(options, given)
-    o, device = run.options, pick_device(options.device)
-    amp = autocast(device, o.precision)
+    options, given = common.parse_options(Options, __doc__, PRESETS)
+    run = common.Run(options, given)
+    o, device = run.options, common.pick_device(options.device)
+    amp = common.autocast(device, o.precision)
 
     # The VAE, and text in its tokens.
     source = run.folder if run.state else Path(o.vae)
@@ -128,8 +128,8 @@ def main():
     if tokenizer is None:
         raise ValueError(f"{source} has no tokenizer.json")
     data.save_tokenizer(tokenizer, run.folder / "tokenizer.json")
-    corpus = open_corpus(o, run.folder, tokenizer)
-    data.check_length(corpus, o.batch_size, o.seq_len)
+    corpus = open_corpus(o, run, tokenizer)
+    data.check_length(corpus, o.batch_size, o.seq_len, vae.config.block_size * vae.config.patch_size)
 
     # Prior, optimizer, moving average; new or as they were.
     torch.manual_seed(o.seed)
@@ -139,7 +139,7 @@ def main():
     check_fit(vae.config, dit.config)
     reference = copy.deepcopy(vae).requires_grad_(False) if o.joint else None
     vae.requires_grad_(o.joint)
-    optimizer = make_optimizer([(dit, 1.0)] + ([(vae, o.vae_lr_ratio)] if o.joint else []), o.weight_decay)
+    optimizer = common.make_optimizer([(dit, 1.0)] + ([(vae, o.vae_lr_ratio)] if o.joint else []), o.weight_decay)
     ema = {name: value.clone() for name, value in dit.state_dict().items()}
     first_step = 0
     if run.state:
@@ -160,21 +160,22 @@ def main():
         state |= dict(vae=vae.state_dict(), dit=dit.state_dict(), ema=ema, optimizer=optimizer.state_dict())
         run.save(step, **state)
 
+    if not run.state:
+        save(0)  # from here on --resume finds something
     tokens_per_step = o.batch_size * o.seq_len
     bar = tqdm(total=o.steps * tokens_per_step, initial=first_step * tokens_per_step, unit="tok", unit_scale=True)
     for step in range(first_step, o.steps):
         idx = data.random_batch(corpus.train, o.batch_size, o.seq_len, o.seed, step).to(device)  # (B, L)
-        lr = learning_rate(step, o.steps, o.warmup, o.lr, o.final_lr)
+        lr = common.learning_rate(step, o.steps, o.warmup, o.lr, o.final_lr)
+        generator = common.step_generator(o.seed, step, device)
         with amp:
-            loss, terms = stage2_loss(vae, reference, dit, idx, o, step_generator(o.seed, step, device))
-        optimizer_step(optimizer, loss, lr, o.clip)
+            loss, terms = stage2_loss(vae, reference, dit, idx, o, generator)
+        common.optimizer_step(optimizer, loss, lr, o.clip)
         update_ema(ema, dit, o.ema, step)
 
         bar.update(tokens_per_step)
         if (step + 1) % o.log_every == 0 or step + 1 == o.steps:
-            row = {name: value.item() for name, value in dict(loss=loss, **terms).items()}
-            run.log.append(dict(step=step + 1, lr=lr, **row))
-            bar.set_postfix({name: f"{value:.3f}" for name, value in row.items()} | dict(lr=f"{lr:.1e}"))
+            run.record(bar, step + 1, lr, dict(loss=loss, **terms))
         if (step + 1) % o.save_every == 0 or step + 1 == o.steps:
             save(step + 1)
     bar.close()
@@ -183,26 +184,28 @@ def main():
     held_out = data.even_batch(corpus.val, 128, o.seq_len).to(device)
     with torch.no_grad():
         o.joint = False
-        loss, _ = stage2_loss(vae, None, dit, held_out, o, step_generator(o.seed, 0, device))
+        loss, _ = stage2_loss(vae, None, dit, held_out, o, common.step_generator(o.seed, 0, device))
     print(f"flow-matching loss on {held_out.numel():,} held-out tokens: {loss.item():.4f}")
     print(f"the model is in {run.folder}; next: python sample.py --model {run.folder}")
 
 
-def open_corpus(o, folder, tokenizer):
-    """The corpus in the VAE's tokens: its own run's, one made by data.py, or text tokenized now."""
+def open_corpus(o, run, tokenizer):
+    """The corpus in the VAE's tokens: that of its own run, one made by data.py, or text tokenized now."""
     given = [path for path in o.data if path]
-    folders = [given[0]] if len(given) == 1 else [] if given else [Path(o.vae) / "data"]
-    ready = [path for path in [*folders, folder / "data"] if data.is_prepared(path)]
-    if not given and not ready:
-        raise ValueError(f"{o.vae} has no text of its own: name some with --data")
-    corpus = data.open_tokens(ready[0]) if ready else data.prepare(
-        given, str(folder / "tokenizer.json"), 0, folder / "data"
-    )  # fmt: skip
-    same = corpus.tokenizer._mergeable_ranks == tokenizer._mergeable_ranks
-    if not same or corpus.tokenizer._special_tokens != tokenizer._special_tokens:
-        raise ValueError(f"the text in {ready[0]} was tokenized differently from the VAE {o.vae}")
+    folder = run.folder / "data"
+    if not given:
+        folder = Path(o.vae) / "data"
+        if not data.is_prepared(folder):
+            raise ValueError(f"{o.vae} has no text of its own: name some with --data")
+    elif len(given) == 1 and data.is_prepared(given[0]):
+        folder = Path(given[0])
+    elif not run.state:
+        data.prepare(given, str(run.folder / "tokenizer.json"), 0, folder)
+    corpus = data.open_tokens(folder)
+    if data.spelling(corpus.tokenizer) != data.spelling(tokenizer):
+        raise ValueError(f"the text in {folder} was tokenized differently from the VAE {o.vae}")
     return corpus
 
 
 if __name__ == "__main__":
-    run_script(main)
+    common.run_script(main)

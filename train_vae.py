@@ -10,18 +10,18 @@ from dataclasses import asdict, dataclass
 import torch
 from tqdm import tqdm
 
+import common
 import data
 from cola import save_vae
-from common import Run, autocast, learning_rate, make_optimizer, optimizer_step, option, parse_options, pick_device
-from common import run_script, step_generator
+from common import option
 from vae import TextVAE, VAEConfig, token_accuracy, vae_loss
 
 
 @dataclass
 class Options:
     # data
-    data: tuple = option(("pydoc",), "text files, folders, .jsonl, a folder made by data.py, or pydoc: Python's own text")
-    tokenizer: str = option("bpe", "bpe (trained on the text), a tokenizer.json, or a tiktoken name such as cl100k_base")
+    data: tuple = option(("pydoc",), "text files, folders, .jsonl, a folder made by data.py, or pydoc: Python's text")
+    tokenizer: str = option("bpe", "bpe (trained on the text), a tokenizer.json, or a tiktoken name (cl100k_base)")
     vocab_size: int = option(2048, "size of a trained vocabulary", low=258)
     # model
     preset: str = option("small", "model and recipe: small, or 2b for the paper's", choices=("small", "2b"))
@@ -65,50 +65,54 @@ PRESETS = {
 
 
 def main():
-    options, given = parse_options(Options, __doc__, PRESETS)
-    run = Run(options, given)
-    o, device = run.options, pick_device(options.device)
-    amp = autocast(device, o.precision)
+    options, given = common.parse_options(Options, __doc__, PRESETS)
+    run = common.Run(options, given)
+    o, device = run.options, common.pick_device(options.device)
+    amp = common.autocast(device, o.precision)
 
     # Text, tokens, tokenizer.
-    folder = o.data[0] if len(o.data) == 1 and data.is_prepared(o.data[0]) else run.folder / "data"
-    corpus = data.open_tokens(folder) if data.is_prepared(folder) else data.prepare(
-        o.data, o.tokenizer, o.vocab_size, folder
-    )  # fmt: skip
-    data.check_length(corpus, o.batch_size, o.seq_len)
+    if len(o.data) == 1 and data.is_prepared(o.data[0]):
+        corpus = data.open_tokens(o.data[0])
+    elif run.state:
+        corpus = data.open_tokens(run.folder / "data")
+    else:
+        corpus = data.prepare(o.data, o.tokenizer, o.vocab_size, run.folder / "data")
+    data.check_length(corpus, o.batch_size, o.seq_len, o.block_size * o.patch_size)
     data.save_tokenizer(corpus.tokenizer, run.folder / "tokenizer.json")
 
     # Model and optimizer, new or as they were.
     torch.manual_seed(o.seed)
     shape = {name: value for name, value in asdict(o).items() if name in VAEConfig.__dataclass_fields__}
     vae = TextVAE(VAEConfig(**shape | dict(vocab_size=corpus.tokenizer.n_vocab))).to(device)
-    optimizer = make_optimizer([(vae, 1.0)], o.weight_decay)
+    optimizer = common.make_optimizer([(vae, 1.0)], o.weight_decay)
     first_step = 0
     if run.state:
         vae.load_state_dict(run.state["vae"])
         optimizer.load_state_dict(run.state["optimizer"])
         first_step = run.state["step"]
     n_params = sum(p.numel() for p in vae.parameters())
-    print(f"{len(corpus.train):,} training tokens, {vae.config.vocab_size:,} ids; VAE of {n_params:,} parameters on {device}")
+    print(f"{len(corpus.train):,} training tokens of {vae.config.vocab_size:,} ids")
+    print(f"VAE of {n_params:,} parameters on {device}")
 
     def save(step):
         save_vae(vae, run.folder)
         run.save(step, vae=vae.state_dict(), optimizer=optimizer.state_dict())
 
+    if not run.state:
+        save(0)  # from here on --resume finds something
     tokens_per_step = o.batch_size * o.seq_len
     bar = tqdm(total=o.steps * tokens_per_step, initial=first_step * tokens_per_step, unit="tok", unit_scale=True)
     for step in range(first_step, o.steps):
         idx = data.random_batch(corpus.train, o.batch_size, o.seq_len, o.seed, step).to(device)  # (B, L)
-        lr = learning_rate(step, o.steps, o.warmup, o.lr, o.final_lr)
+        lr = common.learning_rate(step, o.steps, o.warmup, o.lr, o.final_lr)
+        generator = common.step_generator(o.seed, step, device)
         with amp:
-            loss, terms = vae_loss(vae, idx, o.beta, o.mask_weight, o.mask_ratio, step_generator(o.seed, step, device))
-        optimizer_step(optimizer, loss, lr, o.clip)
+            loss, terms = vae_loss(vae, idx, o.beta, o.mask_weight, o.mask_ratio, generator)
+        common.optimizer_step(optimizer, loss, lr, o.clip)
 
         bar.update(tokens_per_step)
         if (step + 1) % o.log_every == 0 or step + 1 == o.steps:
-            row = {name: value.item() for name, value in dict(loss=loss, **terms).items()}
-            run.log.append(dict(step=step + 1, lr=lr, **row))
-            bar.set_postfix({name: f"{value:.3f}" for name, value in row.items()} | dict(lr=f"{lr:.1e}"))
+            run.record(bar, step + 1, lr, dict(loss=loss, **terms))
         if (step + 1) % o.save_every == 0 or step + 1 == o.steps:
             save(step + 1)
     bar.close()
@@ -120,4 +124,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main)
+    common.run_script(main)

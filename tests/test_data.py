@@ -1,0 +1,183 @@
+"""Documents, tokenizers and token files."""
+
+import json
+from collections import Counter
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+import data
+
+TEXT = "The quick brown fox jumps over the lazy dog. " * 30
+ODD = "naïve 数据 🙂 x_1 = 12345\t\r\n  don't  <|endoftext|>\u00a0end "
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return data.train_bpe([TEXT], 300)
+
+
+def test_bpe_is_lossless_and_compresses(tokenizer):
+    for text in (TEXT, ODD, "", " "):
+        assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
+    assert len(tokenizer.encode_ordinary(TEXT)) < len(TEXT) / 3
+    assert tokenizer.n_vocab <= 300 and tokenizer.decode([tokenizer.n_vocab - 1]) == data.PAD
+
+
+def test_bpe_merges_the_most_frequent_pair_first():
+    tokenizer = data.train_bpe(["abab abab abab cd"], 261)
+    assert [tokenizer.decode_single_token_bytes(i) for i in (256, 257, 258)] == [b"ab", b"abab", b" abab"][:3]
+
+
+def test_bpe_counts_overlaps_correctly():
+    """Against a slow trainer that recounts every pair before every merge."""
+    text = "aaa aaaa banana bandana nab " * 3 + "abba baab"
+    fast = data.train_bpe([text], 275)
+    words = [list(w.encode()) for w in data.re.findall(data.SPLIT, text)]
+    spelling = {i: bytes([i]) for i in range(256)}
+    while len(spelling) < fast.n_vocab - 2:
+        pairs = Counter(p for w in words for p in pairwise(w))
+        best = min(pairs, key=lambda p: (-pairs[p], p))
+        new = len(spelling)
+        spelling[new] = spelling[best[0]] + spelling[best[1]]
+        for w in words:
+            i = 0
+            while i < len(w) - 1:
+                if (w[i], w[i + 1]) == best:
+                    w[i : i + 2] = [new]
+                i += 1
+    assert [fast.decode_single_token_bytes(i) for i in spelling] == list(spelling.values())
+
+
+def test_tokenizer_json_round_trip(tokenizer, tmp_path):
+    data.save_tokenizer(tokenizer, tmp_path / "tokenizer.json")
+    loaded = data.load_tokenizer(str(tmp_path / "tokenizer.json"))
+    assert loaded.encode(TEXT + ODD, allowed_special="all") == tokenizer.encode(TEXT + ODD, allowed_special="all")
+    raw = json.loads((tmp_path / "tokenizer.json").read_text())
+    vocab = raw["model"]["vocab"]
+    for a, b in raw["model"]["merges"]:  # every merge makes a token from two earlier ones
+        assert max(vocab[a], vocab[b]) < vocab[a + b]
+
+
+def test_released_tokenizer_layout(tokenizer, tmp_path):
+    """Merges as strings, added tokens with gaps between their ids, as in the OLMo 2 file."""
+    data.save_tokenizer(tokenizer, tmp_path / "tokenizer.json")
+    raw = json.loads((tmp_path / "tokenizer.json").read_text())
+    raw["model"]["merges"] = [" ".join(merge) for merge in raw["model"]["merges"]]
+    raw["added_tokens"].append(dict(id=400, content="<|im_start|>", special=False))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    loaded = data.load_tokenizer(str(tmp_path / "tokenizer.json"))
+    assert data.encode_prompt(loaded, "<|im_start|>fox")[0] == 400
+    assert data.decode_bytes(loaded, [400, 399, 65]) == b"<|im_start|>A"  # 399 is a gap
+
+
+@pytest.mark.parametrize("change", ["{", "[]", '{"model": {"type": "WordPiece"}, "added_tokens": []}'])
+def test_unusable_tokenizer_files(tmp_path, change):
+    (tmp_path / "tokenizer.json").write_text(change)
+    with pytest.raises(ValueError, match="is not a byte-level BPE tokenizer"):
+        data.load_tokenizer(str(tmp_path / "tokenizer.json"))
+
+
+def test_unknown_tokenizer_name():
+    with pytest.raises(ValueError, match="neither a tokenizer.json nor one of"):
+        data.load_tokenizer("no-such-tokenizer")
+
+
+def test_pydoc_text_is_split_by_document(tmp_path):
+    corpus = data.prepare(("pydoc",), "bpe", 512, tmp_path)
+    texts = [
+        {corpus.tokenizer.decode(part.tolist()) for part in np.split(tokens, np.where(tokens == eot)[0] + 1)}
+        for tokens, eot in [(corpus.train, corpus.tokenizer.eot_token), (corpus.val, corpus.tokenizer.eot_token)]
+    ]
+    assert not (texts[0] & texts[1]) - {""}
+    assert 0.02 < len(corpus.val) / len(corpus.train) < 0.1
+    everything = set(text for text in data.documents(("pydoc",)))
+    assert all(text.removesuffix(data.END_OF_TEXT) in everything for text in list(texts[1])[:50] if text)
+
+
+def test_files_folders_and_jsonl(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.txt").write_text("one\n", encoding="utf-8-sig")
+    (tmp_path / "sub" / "b.md").write_text("two")
+    (tmp_path / "c.jsonl").write_text('{"text": "three"}\n\n{"text": "four", "id": 4}\n')
+    (tmp_path / "ignored.png").write_bytes(b"\xff")
+    assert list(data.documents([tmp_path])) == ["one\n", "three", "four", "two"]
+    assert list(data.documents([tmp_path / "c.jsonl", tmp_path / "a.txt"])) == ["three", "four", "one\n"]
+
+
+def test_long_files_are_cut_and_nothing_is_lost(tmp_path):
+    text = "".join(f"line {i}\n" for i in range(20_000)) + "x" * 200_000
+    (tmp_path / "a.txt").write_text(text)
+    pieces = list(data.documents([tmp_path / "a.txt"]))
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) <= data.PIECE and len(pieces) > 4
+
+
+def test_prepared_tokens_hold_the_whole_text(tmp_path):
+    texts = [f"document {i} says la{i % 7 * ' la'}" for i in range(400)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(dict(text=t)) + "\n" for t in texts))
+    corpus = data.prepare([tmp_path / "a.jsonl"], "bpe", 300, tmp_path / "tokens")
+    both = [corpus.tokenizer.decode(tokens.tolist()) for tokens in (corpus.train, corpus.val)]
+    assert sorted("".join(both).split(data.END_OF_TEXT)[:-1]) == sorted(texts)
+    assert corpus.train.dtype == np.uint32 and isinstance(corpus.train, np.memmap)
+    again = data.open_tokens(tmp_path / "tokens")
+    assert np.array_equal(again.train, corpus.train) and np.array_equal(again.val, corpus.val)
+
+
+def test_one_short_document_is_split_inside(tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT)
+    corpus = data.prepare([tmp_path / "a.txt"], "bpe", 258, tmp_path / "tokens")
+    n = len(corpus.train) + len(corpus.val)
+    assert n == len(TEXT) + 1 and len(corpus.val) == int(0.05 * n)
+    assert corpus.tokenizer.decode(corpus.train.tolist() + corpus.val.tolist()) == TEXT + data.END_OF_TEXT
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.txt", b"", "there is no text"),
+        ("a.txt", b" \n\n", "there is no text"),
+        ("a.txt", b"fine so far \xff\xfe", "a.txt is not UTF-8 text .* at byte 12"),
+        ("a.jsonl", b'{"text": "x"}\n{"txt": 1}\n', "a.jsonl line 2 is not an object"),
+        ("a.jsonl", b"nonsense\n", "a.jsonl line 1 is not an object"),
+    ],
+)
+def test_unreadable_text(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        data.prepare([tmp_path / name], "bpe", 300, tmp_path / "tokens")
+    assert not (tmp_path / "tokens" / "train.bin").exists()
+
+
+def test_missing_paths(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        list(data.documents([tmp_path / "nowhere"]))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no .txt, .md or .jsonl file"):
+        list(data.documents([tmp_path / "empty"]))
+
+
+def test_damaged_token_files(tmp_path, tokenizer):
+    data.save_tokenizer(tokenizer, tmp_path / "tokenizer.json")
+    good, bad = np.arange(50, dtype=np.uint32), np.array([1, 300], dtype=np.uint32)
+    good.tofile(tmp_path / "train.bin")
+    for content, message in [(b"abc", "truncated"), (b"", "truncated"), (bad.tobytes(), "token id 300, outside the")]:
+        (tmp_path / "val.bin").write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            data.open_tokens(tmp_path)
+    good.tofile(tmp_path / "val.bin")
+    data.open_tokens(tmp_path)
+
+
+def test_batches():
+    tokens = np.arange(1000, dtype=np.uint32)
+    batch = data.random_batch(tokens, 8, 10, seed=1, step=5)
+    assert batch.shape == (8, 10) and batch.dtype == torch.int64
+    assert ((batch - batch[:, :1]) == torch.arange(10)).all()
+    assert torch.equal(batch, data.random_batch(tokens, 8, 10, seed=1, step=5))
+    assert not torch.equal(batch, data.random_batch(tokens, 8, 10, seed=1, step=6))
+    assert data.even_batch(tokens, 4, 10)[:, 0].tolist() == [0, 330, 660, 990]
+    starts = data.random_batch(tokens[:11], 200, 10, seed=0, step=0)[:, 0]
+    assert set(starts.tolist()) == {0, 1}  # the last window is reached, none runs over the end

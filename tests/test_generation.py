@@ -1,0 +1,245 @@
+"""Generation and checkpoints: what a user of ColaDLM relies on."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_models import BLOCK, V, d, small_dit, small_vae
+
+import cola
+import data
+import flow
+from cola import ColaDLM, Writer, pick_tokens
+
+PROMPTS = [[1, 2, 3], [], [4] * 9, [5] * 8]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return ColaDLM(small_vae(), small_dit())
+
+
+@pytest.fixture(scope="module")
+def speaking_model():
+    """A model with a tokenizer, whose random weights speak in bytes."""
+    tokenizer = data.train_bpe(["ab"], 258)
+    return ColaDLM(small_vae(vocab_size=258), small_dit(), tokenizer)
+
+
+def test_counts_and_order(model):
+    for limit in (1, 5, 8):
+        assert [len(row) for row in model.generate(PROMPTS, max_new_tokens=limit, steps=2)] == [limit] * 4
+    assert model.generate([], steps=2) == []
+
+
+@pytest.mark.parametrize("options", [{}, dict(temperature=1.0, top_k=9), dict(solver="heun", repetition_penalty=1.2)])
+def test_a_row_does_not_depend_on_the_batch(model, options):
+    options = dict(max_new_tokens=10, steps=3, **options)
+    together = model.generate(PROMPTS, seed=5, **options)
+    assert together == model.generate(PROMPTS, seed=5, **options)
+    alone = [model.generate([p], seed=5 + 1000 * i, **options)[0] for i, p in enumerate(PROMPTS)]
+    assert together == alone
+    assert together != model.generate(PROMPTS, seed=6, **options)
+
+
+def test_stream_yields_what_generate_returns(model):
+    options = dict(max_new_tokens=10, steps=2)
+    blocks = list(model.stream(PROMPTS, **options))
+    assert len(blocks) == 4  # the first row spends 3 of 12 positions on its prompt, so 10 new ones need 4 blocks
+    assert [sum(rows, []) for rows in zip(*blocks, strict=True)] == model.generate(PROMPTS, **options)
+
+
+def test_shorter_limits_are_prefixes(model):
+    long, short = (model.generate(PROMPTS, max_new_tokens=n, steps=2) for n in (11, 6))
+    assert [row[:6] for row in long] == short
+
+
+def test_end_of_text_ends_its_own_row_only(model):
+    free = model.generate(PROMPTS, max_new_tokens=12, steps=2)
+    eos = free[2][3]
+    cut = model.generate(PROMPTS, max_new_tokens=12, steps=2, eos_id=eos)
+    assert cut == [row[: row.index(eos)] if eos in row else row for row in free]
+    assert cut[2] != free[2]
+
+
+def test_an_end_of_text_predicted_on_a_prompt_position_does_not_count():
+    writer = Writer(None, eos_id=7, limit=4)
+    assert writer.write([1, 2]) == [1, 2] and not writer.done
+    assert writer.write([3, 7, 4]) == [3] and writer.done
+    assert writer.write([5]) == []
+
+
+def test_text_in_text_out(speaking_model):
+    options = dict(max_new_tokens=9, steps=2)
+    text, ids = speaking_model.generate(["hello", list(b"hello")], noise=same_noise(2), **options)
+    assert isinstance(text, str) and isinstance(ids, list)
+    assert text == data.decode_bytes(speaking_model.tokenizer, ids).decode("utf-8", errors="replace")
+    pieces = list(speaking_model.stream(["hello"], noise=same_noise(1), **options))
+    assert "".join(piece for (piece,) in pieces) == text
+
+
+def same_noise(rows):
+    return torch.randn(5, 1, BLOCK, d, generator=torch.Generator().manual_seed(0)).repeat(1, rows, 1, 1)
+
+
+def test_a_character_may_span_two_blocks():
+    writer = Writer(data.train_bpe(["ab"], 258), None, 10)
+    first, second = "é".encode()
+    assert (writer.write([97, first]), writer.write([second, 98])) == ("a", "éb")
+
+
+def test_guidance(model, monkeypatch):
+    """Scale 1 is the conditional velocity alone; another scale moves what has a history, and only that."""
+    options = dict(prompts=[[]], max_new_tokens=8, steps=4)
+    plain, strong = (generated_latents(model, monkeypatch, cfg_scale=s, **options) for s in (1.0, 9.0))
+    assert torch.equal(plain[0], strong[0])
+    assert (plain[1] - strong[1]).abs().max() > 0.1
+
+
+def generated_latents(model, monkeypatch, **options):
+    latents, solve = [], flow.solve
+    monkeypatch.setattr(cola, "solve", lambda *args: latents.append(solve(*args)) or latents[-1])
+    model.generate(**options)
+    return latents
+
+
+def test_drawn_tokens_follow_the_distribution():
+    logits = torch.log(torch.tensor([0.5, 0.0, 0.3, 0.2])).expand(1, 100_000, 4)
+    uniform = torch.rand(1, 100_000, generator=torch.Generator().manual_seed(0))
+    share = pick_tokens(logits, uniform, 1.0, 0, 1.0)[0].bincount(minlength=4) / 100_000
+    torch.testing.assert_close(share, torch.tensor([0.5, 0.0, 0.3, 0.2]), atol=0.01, rtol=0)
+
+
+def test_patches_of_two_tokens():
+    model = ColaDLM(small_vae(patch_size=2), small_dit())
+    prompts = [[1, 2, 3], [4] * 8, []]  # an odd prompt: its last latent is half padding
+    options = dict(max_new_tokens=10, steps=2)
+    together = model.generate(prompts, **options)
+    assert [len(row) for row in together] == [10, 10, 10]
+    assert together == [model.generate([p], seed=1000 * i, **options)[0] for i, p in enumerate(prompts)]
+
+
+def test_rounded_time_is_an_option(model, monkeypatch):
+    options = dict(prompts=[[1, 2]], max_new_tokens=2, steps=16)
+    plain, rounded = (generated_latents(model, monkeypatch, round_time=r, **options)[0] for r in (False, True))
+    assert 1e-3 < (plain - rounded).abs().max() < 0.1 * plain.abs().max()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(steps=0), "steps 0 is out of range"),
+        (dict(max_new_tokens=0), "max_new_tokens 0 is out of range"),
+        (dict(temperature=-1.0), "temperature -1.0 is out of range"),
+        (dict(top_p=1.5), "top_p 1.5 is out of range"),
+        (dict(solver="rk4"), "solver rk4 is out of range"),
+        (dict(pad_id=V), f"token id {V} is outside the vocabulary"),
+        (dict(noise=torch.zeros(1, 2, BLOCK, d)), "noise must be"),
+    ],
+)
+def test_options_out_of_range(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate([[1]], **options)
+
+
+def test_bad_prompts(model):
+    with pytest.raises(ValueError, match="token id -1 is outside the vocabulary"):
+        model.generate([[0, -1]])
+    with pytest.raises(ValueError, match="no tokenizer.json"):
+        model.generate(["text"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+@pytest.fixture
+def folder(speaking_model, tmp_path):
+    speaking_model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_round_trip(speaking_model, folder):
+    options = dict(max_new_tokens=6, steps=2)
+    assert ColaDLM.from_pretrained(folder).generate(["ab"], **options) == speaking_model.generate(["ab"], **options)
+    half = ColaDLM.from_pretrained(folder, dtype=torch.bfloat16)
+    assert half.dit.txt_in.proj.weight.dtype == torch.bfloat16
+    assert len(half.generate(["ab"], **options)) == 1
+
+
+def test_sharded_files(folder):
+    expected = ColaDLM.from_pretrained(folder).state_dict()
+    part = folder / "cola_dit"
+    tensors = load_file(part / "model.safetensors")
+    (part / "model.safetensors").unlink()
+    names = sorted(tensors)
+    index = {}
+    for i in range(3):
+        file = f"model-{i + 1:05}-of-00003.safetensors"
+        save_file({name: tensors[name] for name in names[i::3]}, part / file)
+        index |= dict.fromkeys(names[i::3], file)
+    (part / "model.safetensors.index.json").write_text(json.dumps(dict(metadata={}, weight_map=index)))
+    loaded = ColaDLM.from_pretrained(folder).state_dict()
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+    (part / file).unlink()
+    with pytest.raises(FileNotFoundError, match="the index names it"):
+        ColaDLM.from_pretrained(folder)
+
+
+def edit_weights(folder, change):
+    file = folder / "cola_dit" / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.pop("txt_in.proj.bias"), "1 tensors are missing and 0 are unknown, first txt_in.proj.bias"),
+        (lambda t: t.update(extra=torch.zeros(1)), "0 tensors are missing and 1 are unknown, first extra"),
+        (lambda t: t.update({"txt_in.proj.bias": torch.zeros(3)}), r"txt_in.proj.bias has shape \(3,\)"),
+    ],
+)
+def test_loading_is_strict(folder, change, message):
+    edit_weights(folder, change)
+    with pytest.raises(ValueError, match=message):
+        ColaDLM.from_pretrained(folder)
+
+
+def test_rotary_buffers_may_be_absent(folder):
+    edit_weights(folder, lambda t: [t.pop(name) for name in list(t) if "rope" in name])
+    ColaDLM.from_pretrained(folder)
+
+
+def test_damaged_files(folder):
+    file = folder / "cola_vae" / "model.safetensors"
+    whole = file.read_bytes()
+    for size in (4, len(whole) // 2):
+        file.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="damaged or truncated"):
+            ColaDLM.from_pretrained(folder)
+    file.write_bytes(whole)
+    (folder / "cola_vae" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        ColaDLM.from_pretrained(folder)
+    shutil.rmtree(folder / "cola_vae")
+    with pytest.raises(FileNotFoundError, match="is this a model folder"):
+        ColaDLM.from_pretrained(folder)
+
+
+def test_a_vae_and_a_prior_that_do_not_fit():
+    with pytest.raises(ValueError, match="do not fit together: block_size is 4 in the VAE and 8 in the prior"):
+        ColaDLM(small_vae(), small_dit(block_size=8))
+    with pytest.raises(ValueError, match="do not fit together: latent_dim"):
+        ColaDLM(small_vae(latent_dim=4), small_dit())
+
+
+def test_tokenizer_is_found_one_folder_up(speaking_model, tmp_path):
+    inner = tmp_path / "inner"
+    speaking_model.save_pretrained(inner)
+    Path(inner / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    assert ColaDLM.from_pretrained(inner).tokenizer.n_vocab == 258

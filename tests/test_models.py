@@ -1,0 +1,349 @@
+"""Properties of the two networks: what sees what, caches, options, layouts."""
+
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import cola
+from dit import DiT, DiTConfig
+from flow import flow_matching_loss, sample_times, simulated_prompts, solve, training_layout
+from vae import Posterior, TextVAE, VAEConfig, block_mask, layout, vae_loss
+
+BLOCK, d, V = 4, 8, 30
+
+
+def small_vae(**changes):
+    sizes = dict(vocab_size=V, dim=32, ffn_dim=64, n_head=2, n_encoder_layer=2, n_decoder_layer=2, latent_dim=d)
+    return randomised(TextVAE(VAEConfig(**sizes | dict(block_size=BLOCK) | changes))).eval()
+
+
+def small_dit(**changes):
+    sizes = dict(latent_dim=d, dim=32, n_head=2, head_dim=12, rope_dim=8, n_layer=2, block_size=BLOCK)
+    return randomised(DiT(DiTConfig(**sizes | changes))).eval()
+
+
+def randomised(model):
+    """Every parameter random: a model that starts at zero would pass any comparison."""
+    generator = torch.Generator().manual_seed(1)
+    for p in model.parameters():
+        p.data = torch.randn(p.shape, generator=generator) / max(p.shape[-1], 4) ** 0.5 + (p.dim() == 1)
+    return model
+
+
+def naive_attention(q, k, v, attn_mask=None):
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, float("-inf"))
+    return scores.softmax(-1) @ v
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The mask
+
+
+def test_block_mask_by_hand():
+    assert block_mask(torch.tensor([0, 0, 1]), torch.tensor([0, 0, 1])).tolist() == [
+        [True, True, False],
+        [True, True, False],
+        [True, True, True],
+    ]
+    # [clean block 0 | noisy block 0, noisy block 1], one latent each
+    block, copy = torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1])
+    assert block_mask(block, block, copy, copy).tolist() == [
+        [True, False, False],  # clean sees clean
+        [False, True, False],  # noisy block 0 sees itself, not its clean version
+        [True, False, True],  # noisy block 1 sees clean block 0 and itself
+    ]
+
+
+def test_no_mask_where_none_is_needed():
+    assert layout(BLOCK, BLOCK, "cpu")[1] is None
+    assert layout(BLOCK + 1, BLOCK, "cpu")[1] is not None
+    cache = small_dit().new_cache(2, 5 * BLOCK)
+    cache.commit(2 * BLOCK)
+    assert layout(BLOCK, BLOCK, "cpu", cache)[1] is None
+    cache.commit(torch.tensor([0, BLOCK]))
+    assert layout(BLOCK, BLOCK, "cpu", cache)[1] is not None
+
+
+def touched(function, x, position):
+    """Which positions of function(x) (B, n, ...) change if x changes at one position."""
+    changed = x.clone()
+    changed[:, position] = changed[:, position] + 1
+    difference = (function(changed) - function(x)).abs().flatten(2).amax((0, 2))
+    return (difference > 1e-6).nonzero()[:, 0].tolist()
+
+
+def test_no_position_sees_a_later_block():
+    vae, dit, z, n = small_vae(), small_dit(), torch.randn(2, 3 * BLOCK, d), 3 * BLOCK
+    idx = torch.randint(0, V - 1, (2, n))
+    t = torch.tensor([0.3, 0.9])
+    for position in (0, BLOCK - 1, BLOCK, n - 1):
+        later = list(range(position // BLOCK * BLOCK, n))
+        assert touched(lambda x: vae.encode(x).mu, idx, position) == later
+        assert touched(vae.decode, z, position) == later
+        assert touched(lambda x: dit(x, t), z, position) == later
+
+
+def test_training_layout_leaks_nothing(monkeypatch):
+    """A clean latent reaches the noisy blocks after its own, a noisy latent its own block only."""
+    dit, n, n_clean = small_dit(), 3 * BLOCK, 2 * BLOCK
+    pos, mask = training_layout(n, n_clean, BLOCK, "cpu")
+    clean = torch.arange(n_clean + n)[None] < n_clean
+
+    def noisy_half(x):
+        return dit(x, torch.tensor([0.5]), clean=clean, pos=pos, mask=mask)[:, n_clean:]
+
+    x = torch.randn(1, n_clean + n, d)
+    for position in range(n_clean):
+        assert touched(noisy_half, x, position) == list(range((position // BLOCK + 1) * BLOCK, n))
+    for position in range(n):
+        own = position // BLOCK * BLOCK
+        assert touched(noisy_half, x, n_clean + position) == list(range(own, own + BLOCK))
+
+
+def test_sdpa_equals_naive_attention(monkeypatch):
+    vae, dit, z = small_vae(), small_dit(), torch.randn(2, 10, d)
+    t, prompt = torch.tensor([0.2, 0.7]), torch.zeros(2, 10, dtype=torch.bool)
+
+    def outputs():
+        return vae.decode(z), dit(z, t), flow_matching_loss(dit, z, z.flip(0), t, prompt)
+
+    fused = outputs()
+    monkeypatch.setattr(F, "scaled_dot_product_attention", naive_attention)
+    for a, b in zip(fused, outputs(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Caches and layouts
+
+
+def test_cached_equals_uncached():
+    vae, dit, z, t = small_vae(), small_dit(), torch.randn(2, 3 * BLOCK, d), torch.zeros(1)
+    vae_cache, dit_cache = vae.new_cache(2, 3 * BLOCK), dit.new_cache(2, 3 * BLOCK)
+    logits, v = [], []
+    for start in range(0, 3 * BLOCK, BLOCK):
+        block = z[:, start : start + BLOCK]
+        dit(torch.randn_like(block), torch.ones(1), cache=dit_cache)  # a solver step leaves no trace
+        logits.append(vae.decode(block, vae_cache))
+        v.append(dit(block, t, cache=dit_cache))
+        vae_cache.commit(BLOCK)
+        dit_cache.commit(BLOCK)
+    torch.testing.assert_close(torch.cat(logits, 1), vae.decode(z), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.cat(v, 1), dit(z, t), atol=1e-5, rtol=1e-5)
+
+
+def test_noisy_half_of_the_training_layout_equals_cached_inference():
+    dit, n = small_dit(), 4 * BLOCK
+    z0, z1, t = torch.randn(3, n, d), torch.randn(3, n, d), torch.tensor([0.2, 0.5, 0.9])
+    zt = torch.lerp(z0, z1, t[:, None, None])
+    n_clean = n - BLOCK
+    pos, mask = training_layout(n, n_clean, BLOCK, "cpu")
+    clean = torch.arange(n_clean + n)[None] < n_clean
+    training = dit(torch.cat([z0[:, :n_clean], zt], 1), t, clean=clean, pos=pos, mask=mask)[:, n_clean:]
+    cache = dit.new_cache(3, n)
+    for start in range(0, n, BLOCK):
+        block = slice(start, start + BLOCK)
+        sampling = dit(zt[:, block], t, cache=cache)
+        torch.testing.assert_close(sampling, training[:, block], atol=1e-5, rtol=0)
+        dit(z0[:, block], torch.zeros(1), cache=cache)
+        cache.commit(BLOCK)
+
+
+def test_history_changes_the_velocity_and_guidance_drops_it():
+    dit, query = small_dit(), torch.randn(1, BLOCK, d)
+    velocities = []
+    for _ in range(2):
+        cache = dit.new_cache(1, 2 * BLOCK)
+        dit(torch.randn(1, BLOCK, d), torch.zeros(1), cache=cache)
+        cache.commit(BLOCK)
+        velocities.append(dit(query.repeat(2, 1, 1), torch.tensor([0.7]), cache=cache))
+    assert (velocities[0][0] - velocities[1][0]).abs().max() > 1e-2
+    torch.testing.assert_close(velocities[0][1], velocities[1][1])
+    torch.testing.assert_close(velocities[0][1], dit(query, torch.tensor([0.7]))[0], atol=1e-5, rtol=1e-5)
+
+
+def test_cache_refuses_to_overflow():
+    dit = small_dit()
+    with pytest.raises(ValueError, match="cache of 4 positions"):
+        dit(torch.randn(1, 8, d), torch.zeros(1), cache=dit.new_cache(1, 4))
+
+
+def test_times():
+    """A time per position, a time per row with clean positions, and a precomputed modulation are one computation."""
+    dit, z, t = small_dit(), torch.randn(2, 8, d), torch.tensor([0.3, 0.8])
+    clean = torch.rand(2, 8) < 0.5
+    per_position = dit(z, torch.where(clean, 0.0, t[:, None]))
+    torch.testing.assert_close(dit(z, t, clean=clean), per_position)
+    modulation = dit.modulation(torch.cat([t, torch.zeros(1)]))
+    torch.testing.assert_close(dit(z, modulation=modulation, clean=clean), per_position)
+
+
+def test_a_new_prior_predicts_zero():
+    assert not DiT(small_dit().config)(torch.randn(2, 6, d), torch.rand(2)).any()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Options
+
+
+@pytest.mark.parametrize("post_norm, qk_norm, bias, qk_bias", list(product([True, False], repeat=4)))
+def test_vae_options_survive_a_round_trip(tmp_path, post_norm, qk_norm, bias, qk_bias):
+    changes = dict(post_norm=post_norm, qk_norm=qk_norm, bias=bias, qk_bias=qk_bias, norm_eps=1e-4)
+    vae, idx = small_vae(**changes, scaling_factor=0.5, shifting_factor=0.1), torch.randint(0, V, (2, 8))
+    names = dict(vae.named_parameters())
+    assert ("encoder.blocks.0.q_norm.weight" in names) == qk_norm
+    assert ("encoder.blocks.0.qkv_proj.bias" in names) == qk_bias
+    assert ("decoder.final_layer.bias" in names) == bias
+    cola.save_vae(vae, tmp_path)
+    loaded = cola.load_vae(tmp_path)
+    assert loaded.config == vae.config
+    torch.testing.assert_close(loaded.decode(loaded.encode(idx).mu), vae.decode(vae.encode(idx).mu))
+
+
+def test_dit_options_survive_a_round_trip(tmp_path):
+    dit, z = small_dit(qk_bias=True, norm_eps=1e-3, mlp_ratio=2), torch.randn(1, 8, d)
+    cola.save_dit(dit, tmp_path)
+    torch.testing.assert_close(cola.load_dit(tmp_path)(z, torch.tensor([0.5])), dit(z, torch.tensor([0.5])))
+
+
+def test_pre_norm_block_is_the_ordinary_one():
+    vae = small_vae(post_norm=False)
+    block, x = vae.decoder.blocks[0], torch.randn(1, 3, 32)
+    pos, mask = layout(3, BLOCK, "cpu")
+    rope = (torch.ones(1, 1, 3, 8), torch.zeros(1, 1, 3, 8))  # angle 0
+    h = x + block.attention(block.norm_attn(x), rope, pos, mask, None)
+    torch.testing.assert_close(block(x, rope, pos, mask, None), h + block.ffn(block.norm_ffn(h)))
+
+
+def test_patches():
+    """Two tokens a latent: half as many latents, token order kept, and a token reaches its own latent."""
+    vae = small_vae(patch_size=2)
+    idx = torch.randint(0, V - 1, (2, 16))
+    posterior = vae.encode(idx)
+    assert posterior.mu.shape == (2, 8, d)
+    logits = vae.decode(posterior.mu)
+    assert logits.shape == (2, 16, V)
+    x = vae.transform(vae.decoder.in_layer(posterior.mu), vae.decoder.blocks)
+    second = vae.decoder.unpatch_layer(x)[:, 3].view(2, 32, 2)[..., 1]  # channels are laid out (c p)
+    torch.testing.assert_close(logits[:, 7], vae.decoder.final_layer(vae.decoder.final_norm(second)))
+    assert touched(lambda x: vae.encode(x).mu, idx, 9) == [4, 5, 6, 7]
+    with pytest.raises(ValueError, match="not a multiple of patch_size 2"):
+        vae.encode(idx[:, :7])
+
+
+def test_posterior_shape_of_mu():
+    idx = torch.randint(0, V, (2, 8))
+    mu = small_vae().encode(idx).mu
+    torch.testing.assert_close(mu.square().sum(-1), torch.full((2, 8), float(d)), atol=1e-3, rtol=0)
+    free = small_vae(encoder_last_ln=False).encode(idx).mu
+    assert (free.square().sum(-1) - d).abs().max() > 0.1
+    plain = small_vae(use_variation=False).encode(idx)
+    assert plain.logvar is None and torch.equal(plain.sample(), plain.mu)
+
+
+def test_posterior_against_torch_distributions():
+    from torch.distributions import Independent, Normal, kl_divergence
+
+    a, b = (Posterior(torch.randn(2, 3, d), torch.randn(2, 3, d)) for _ in range(2))
+    p, q = (Independent(Normal(x.mu, torch.exp(0.5 * x.logvar)), 1) for x in (a, b))
+    torch.testing.assert_close(a.kl(b), kl_divergence(p, q))
+    torch.testing.assert_close(a.kl(), kl_divergence(p, Independent(Normal(torch.zeros(d), torch.ones(d)), 1)))
+    torch.testing.assert_close(a.entropy(), p.entropy())
+
+
+def test_vae_loss_without_noise_is_the_sum_of_its_terms():
+    vae, idx = small_vae(), torch.randint(0, V, (2, 8))
+    loss, terms = vae_loss(vae, idx, 0.1, 0.5, 0.3, torch.Generator().manual_seed(0))
+    expected = terms["reconstruction"] + 0.1 * terms["kl"] + 0.5 * terms["mask"]
+    torch.testing.assert_close(loss.detach(), expected)
+    assert vae_loss(vae, idx, 0.1, 0.5, 0.0)[1]["mask"] == 0  # nothing masked, nothing lost
+
+
+@pytest.mark.parametrize(
+    "part, key, value",
+    [
+        ("cola_dit", "emb_dim", 64),
+        ("cola_dit", "patch_size", 2),
+        ("cola_dit", "txt_out_channels", 9),
+        ("cola_vae", "shared_heads_kv", 2),
+        ("cola_vae", "act", "gelu"),
+    ],
+)
+def test_unsupported_options_are_refused(tmp_path, part, key, value):
+    import json
+
+    cola.ColaDLM(small_vae(), small_dit()).save_pretrained(tmp_path)
+    file = tmp_path / part / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(ValueError, match=f"{key} = {value} is not supported"):
+        cola.ColaDLM.from_pretrained(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Flow matching
+
+
+def test_sample_times_are_logit_normal():
+    t = sample_times(20000, 1.0, 0.5, torch.Generator().manual_seed(0))
+    logit = torch.log(t / (1 - t))
+    assert logit.mean().item() == pytest.approx(1.0, abs=0.02) and logit.std().item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_simulated_prompts_are_proper_prefixes_of_blocks():
+    prompt = simulated_prompts(500, 10, BLOCK, 0.5, torch.Generator().manual_seed(0))
+    assert prompt.shape == (500, 10)
+    blocks = F.pad(prompt, (0, 2)).view(500, 3, BLOCK).int()
+    assert (blocks.diff(dim=-1) <= 0).all() and not blocks[..., -1].any()  # prefixes, never the whole block
+    share = blocks[:, :2].any(-1).float().mean().item()
+    assert share == pytest.approx(0.5, abs=0.05)
+    assert blocks[:, :2].sum(-1).unique().tolist() == [0, 1, 2, 3]
+    assert not simulated_prompts(5, 6, 1, 1.0).any()
+
+
+def test_gradient_reaches_the_encoder_through_the_noisy_latents_only():
+    """A prior that predicts 0 cannot move z0; one that predicts a multiple of z_t moves it through z_t."""
+    dit, z0 = small_dit(), torch.randn(1, 2 * BLOCK, d, requires_grad=True)
+    t, z1 = torch.tensor([0.25]), torch.randn(1, 2 * BLOCK, d)
+
+    class Copy:
+        config = dit.config
+
+        def __call__(self, z, *args, **kwargs):
+            return self.factor * z
+
+    prior = Copy()
+    for factor in (0.0, 2.0):
+        prior.factor = factor
+        loss = flow_matching_loss(prior, z0, z1, t)
+        (grad,) = torch.autograd.grad(loss, z0)
+        error = factor * (0.75 * z0 + 0.25 * z1) - (z1 - z0)
+        torch.testing.assert_close(grad, factor * 0.75 * 2 * error / error.numel())
+
+
+@pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2)])
+def test_solver_order(solver, order):
+    """dz/dt = z from t = 1 to 0 ends at z/e; halving the step divides the error by 2^order."""
+    errors = []
+    for steps in (16, 32):
+        times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+        z = solve(lambda z, i: z, torch.ones((), dtype=torch.float64), times, solver)
+        errors.append(abs(z.item() - torch.e**-1))
+    assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.1)
+
+
+def test_gaussian_data_are_generated_exactly():
+    """For z0 ~ N(m, s^2) the optimal velocity is known; the solver must carry N(0, 1) to N(m, s^2)."""
+    m, s = 3.0, 0.5
+    times = torch.linspace(1, 0, 201)
+
+    def velocity(z, i):  # E[z1 - z0 | z_t = z]
+        t = times[i]
+        variance = (1 - t) ** 2 * s**2 + t**2
+        return -m + (t - (1 - t) * s**2) / variance * (z - (1 - t) * m)
+
+    z1 = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(solve(velocity, z1, times, "heun"), m + s * z1, atol=2e-3, rtol=0)

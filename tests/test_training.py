@@ -1,0 +1,252 @@
+"""Training: the pipeline learns, resumes exactly, and says in one line what is wrong with its input."""
+
+import importlib
+import json
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import common
+import train_prior
+import train_vae
+from cola import ColaDLM
+from dit import DiT, DiTConfig
+from flow import flow_matching_loss, sample_times, simulated_prompts
+from vae import TextVAE, VAEConfig, token_accuracy, vae_loss
+
+ROOT = Path(__file__).parent.parent
+VAE_SIZE = "--dim 32 --ffn-dim 64 --n-head 2 --n-encoder-layer 1 --n-decoder-layer 1 --latent-dim 4 --block-size 4"
+PRIOR_SIZE = "--dim 32 --n-head 2 --head-dim 16 --rope-dim 8 --n-layer 1"
+COMMON = "--device cpu --precision fp32 --batch-size 4 --seq-len 32 --log-every 1"
+
+
+def test_one_batch_is_learned_until_sampling_gives_it_back():
+    """Both stages on four random sequences; then every generation, from noise or from a prompt, is one of them."""
+    B, L, block, vocab, d = 4, 16, 4, 40, 8
+    idx = torch.randint(0, vocab - 1, (B, L), generator=torch.Generator().manual_seed(0))
+
+    vae = TextVAE(VAEConfig(vocab, 64, 128, 2, 1, 1, d, 1, block))
+    optimizer = common.make_optimizer([(vae, 1.0)], 0.0)
+    for step in range(150):
+        loss, _ = vae_loss(vae, idx, 1e-3, 0.1, 0.1, common.step_generator(0, step, "cpu"))
+        common.optimizer_step(optimizer, loss, 3e-3, 1.0)
+    assert token_accuracy(vae, idx) == 1.0
+
+    dit, steps = DiT(DiTConfig(d, 128, 2, 64, 48, 2, 4, block)), 600
+    optimizer = common.make_optimizer([(dit, 1.0)], 0.0)
+    rows = idx.repeat(8, 1)
+    for step in range(steps):
+        generator = common.step_generator(1, step, "cpu")
+        with torch.no_grad():
+            z0 = vae.encode(rows).sample(generator)
+        z1, t = torch.randn(z0.shape, generator=generator), sample_times(len(z0), 1.0, 1.0, generator)
+        loss = flow_matching_loss(dit, z0, z1, t, simulated_prompts(len(z0), L, block, 0.3, generator))
+        common.optimizer_step(optimizer, loss, common.learning_rate(step, steps, 20, 3e-3, 1e-5), 1.0)
+
+    model, texts = ColaDLM(vae, dit), idx.tolist()
+    for cut in (block, block + 1, 2 * block - 1):
+        new = model.generate([row[:cut] for row in texts], max_new_tokens=L - cut, cfg_scale=1.0)
+        assert new == [row[cut:] for row in texts]
+    assert all(row in texts for row in model.generate([[]] * 8, max_new_tokens=L, cfg_scale=1.0))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The scripts, run as a user runs them
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    lines = (f"Line {i}: the cat number {i * 7 % 13} sat on the mat number {i * 5 % 11}." for i in range(300))
+    (folder / "cats.txt").write_text("\n".join(lines))
+    return folder
+
+
+def run(script, arguments, cwd):
+    command = [sys.executable, str(ROOT / script), *arguments.split()]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=100)
+
+
+def call(main, arguments, monkeypatch, cwd):
+    """As `run`, but in this process, which saves the seconds that importing torch takes."""
+    monkeypatch.chdir(cwd)
+    monkeypatch.setattr(sys, "argv", ["script", *arguments.split()])
+    main()
+
+
+@pytest.fixture(scope="module")
+def trained(text, tmp_path_factory):
+    """A folder in which both stages have run for a few steps."""
+    cwd = tmp_path_factory.mktemp("trained")
+    steps = "--steps 6 --save-every 3"
+    with pytest.MonkeyPatch.context() as patch:
+        call(train_vae.main, f"--data {text} --vocab-size 300 {VAE_SIZE} {COMMON} {steps}", patch, cwd)
+        call(train_prior.main, f"{PRIOR_SIZE} {COMMON} {steps}", patch, cwd)
+        call(train_prior.main, f"{PRIOR_SIZE} {COMMON} {steps} --joint --out runs/joint", patch, cwd)
+    return cwd
+
+
+def test_sampling_from_the_command_line(trained):
+    done = run("sample.py", "--prompt Line --num-samples 1 --max-new-tokens 8 --steps 2 --no-stop-at-eos", trained)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Line")
+    several = run("sample.py", "--num-samples 3 --max-new-tokens 8 --steps 2 --model runs/joint", trained)
+    assert several.stdout.count("--- sample") == 3
+
+
+def test_run_folders_hold_what_they_should(trained):
+    for folder in ("runs/cola", "runs/joint"):
+        model = ColaDLM.from_pretrained(trained / folder)
+        assert model.tokenizer.n_vocab == model.vae.config.vocab_size <= 300
+        rows = [json.loads(line) for line in (trained / folder / "log.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+        state = torch.load(trained / folder / "training.pt")
+        saved = load_file(trained / folder / "cola_dit" / "model.safetensors")
+        assert torch.equal(saved["txt_in.proj.weight"], state["ema"]["txt_in.proj.weight"])
+        assert not torch.equal(state["dit"]["txt_in.proj.weight"], state["ema"]["txt_in.proj.weight"])
+
+
+def weights(folder, part):
+    return load_file(folder / part / "model.safetensors")
+
+
+def test_the_vae_learns_in_joint_training_only(trained):
+    stage1, frozen, joint = (weights(trained / "runs" / name, "cola_vae") for name in ("vae", "cola", "joint"))
+    assert all(torch.equal(stage1[name], frozen[name]) for name in stage1)
+    assert all(not torch.equal(stage1[name], joint[name]) for name in stage1 if "proj.weight" in name)
+
+
+@pytest.mark.parametrize(
+    "main, options, part, source",
+    [
+        (train_vae.main, "--data {text} --vocab-size 300 " + VAE_SIZE, "cola_vae", "runs/vae"),
+        (train_prior.main, "--vae {trained}/runs/vae " + PRIOR_SIZE, "cola_dit", "runs/cola"),
+        (train_prior.main, "--vae {trained}/runs/vae --joint " + PRIOR_SIZE, "cola_vae", "runs/joint"),
+    ],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(trained, text, tmp_path, monkeypatch, main, options, part, source):
+    """Stop after the checkpoint of step 3 of 6, resume: every loss and every weight is the same to the bit."""
+    steps, real_step = 0, common.optimizer_step
+
+    def stopping_step(*args):
+        nonlocal steps
+        if steps == 4:
+            raise KeyboardInterrupt
+        steps += 1
+        real_step(*args)
+
+    arguments = f"{options.format(text=text, trained=trained)} {COMMON} --steps 6 --save-every 3 --out out"
+    monkeypatch.setattr(common, "optimizer_step", stopping_step)
+    with pytest.raises(KeyboardInterrupt):
+        call(main, arguments, monkeypatch, tmp_path)
+    monkeypatch.setattr(common, "optimizer_step", real_step)
+    call(main, "--resume --out out", monkeypatch, tmp_path)
+    assert (tmp_path / "out" / "log.jsonl").read_text() == (trained / source / "log.jsonl").read_text()
+    resumed, whole = weights(tmp_path / "out", part), weights(trained / source, part)
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("script", ["train_vae.py", "train_prior.py", "sample.py", "data.py"])
+def test_help_lists_every_option_with_its_default(script, tmp_path):
+    done = run(script, "--help", tmp_path)
+    assert done.returncode == 0
+    fields = importlib.import_module(script.removesuffix(".py")).Options.__dataclass_fields__
+    words = " ".join(done.stdout.split())
+    for name in fields:
+        assert "--" + name.replace("_", "-") in words
+    assert words.count("(default:") == len(fields)
+
+
+@pytest.mark.parametrize(
+    "script, arguments, message",
+    [
+        ("train_vae.py", "--steps 0", "--steps 0 is out of range: it must be at least 1"),
+        ("train_vae.py", "--lr nan", "--lr nan is out of range"),
+        ("train_vae.py", "--stepz 5", "unrecognized arguments: --stepz"),
+        ("train_vae.py", "--mask-ratio 1.5", "it must be between 0.0 and 1.0"),
+        ("train_vae.py", "--data nowhere.txt", "nowhere.txt does not exist"),
+        ("train_vae.py", "--data {text} --batch-size 4096", "the train split has"),
+        ("train_vae.py", "--data {text} --device nonsense", "device nonsense is not available"),
+        ("train_vae.py", "--out {trained}/runs/vae", "already holds a run"),
+        ("train_vae.py", "--out new --resume", "there is no run to resume"),
+        ("train_vae.py", "--out {trained}/runs/vae --resume --lr 0.5", "was started with --lr 0.002"),
+        ("train_vae.py", "--data {text} --dim 33", "dim 33 must be a multiple of"),
+        ("train_vae.py", "--data {text} --seq-len 30 --patch-size 4", "--seq-len 30 must be a multiple of block_size"),
+        ("train_prior.py", "--vae nowhere", "nowhere/cola_vae/config.json does not exist"),
+        ("train_prior.py", "--vae {trained}/runs/vae --out {trained}/runs/cola", "already holds a run"),
+        ("train_prior.py", "--vae {trained}/runs/vae --rope-dim 7", "rope_dim 7 must be even"),
+        ("train_prior.py", "--vae {trained}/runs/vae --data {text}/tokens", "was tokenized differently from the VAE"),
+        ("sample.py", "--model nowhere", "nowhere/cola_vae/config.json does not exist"),
+        ("sample.py", "--model {trained}/runs/cola --top-p 2", "--top-p 2.0 is out of range"),
+        ("sample.py", "--solver rk4", "invalid choice: 'rk4'"),
+        ("data.py", "--data {text}/none", "none does not exist"),
+        ("data.py", "--out {text}/tokens", "already holds token files"),
+        ("data.py", "--tokenizer nonsense", "nonsense is neither a tokenizer.json nor one of"),
+    ],
+)
+def test_mistakes_get_one_line_and_exit_code_2(
+    trained, text, tmp_path, monkeypatch, capsys, script, arguments, message
+):
+    module = importlib.import_module(script.removesuffix(".py"))
+    if "tokens" in arguments and not (text / "tokens").exists():
+        call(module.data.main, f"--data {text} --vocab-size 280 --out {text}/tokens", monkeypatch, tmp_path)
+    before = snapshot(trained)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        arguments = arguments.format(trained=trained, text=text)
+        call(lambda: common.run_script(module.main), arguments, monkeypatch, tmp_path)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+    assert snapshot(trained) == before
+
+
+def snapshot(folder):
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_mistake_in_a_real_process(tmp_path):
+    done = run("sample.py", "--model nowhere", tmp_path)
+    assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
+
+
+def test_an_interrupted_save_leaves_the_old_file(tmp_path):
+    file = tmp_path / "a"
+    file.write_text("old")
+    with pytest.raises(RuntimeError), common.replacing(file) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
+
+
+def test_learning_rate():
+    rates = [common.learning_rate(step, 100, 10, 1.0, 0.1) for step in range(101)]
+    assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0 and rates[100] == pytest.approx(0.1)
+    assert all(a > b for a, b in pairwise(rates[10:]))
+    assert rates[55] == pytest.approx(0.55)  # half of the cosine
+
+
+def test_optimizer_groups():
+    vae = TextVAE(VAEConfig(20, 8, 16, 1, 1, 1, 2))
+    optimizer = common.make_optimizer([(vae, 0.5)], 0.1)
+    decayed, not_decayed = (group["params"] for group in optimizer.param_groups)
+    assert all(p.dim() > 1 for p in decayed) and all(p.dim() == 1 for p in not_decayed)
+    assert sum(p.numel() for p in decayed + not_decayed) == sum(p.numel() for p in vae.parameters())
+    loss, _ = vae_loss(vae, torch.zeros(1, 4, dtype=torch.long), 0.1, 0.0, 0.0)
+    common.optimizer_step(optimizer, loss, 1e-3, 1.0)
+    assert [group["lr"] for group in optimizer.param_groups] == [5e-4, 5e-4]
+
+
+def test_moving_average():
+    model = torch.nn.Linear(1, 1, bias=False)
+    ema = {"weight": torch.zeros(1, 1)}
+    model.weight.data.fill_(1.0)
+    train_prior.update_ema(ema, model, 0.9, step=10**6)
+    assert ema["weight"].item() == pytest.approx(0.1)
+    train_prior.update_ema(ema, model, 0.9, step=0)  # early on, a short memory: 1/10 of the old
+    assert ema["weight"].item() == pytest.approx(0.91)
