@@ -145,7 +145,7 @@ class ColaDLM(nn.Module):
         self.eval()
         c, device = self.vae.config, self.vae.decoder.in_layer.weight.device
         block_size, chunk, d = c.block_size, c.block_size * c.patch_size, c.latent_dim
-        ids = [encode_prompt(self.tokenizer, p) if isinstance(p, str) else list(p) for p in prompts]
+        ids = [encode_prompt(self.tokenizer, p) if isinstance(p, str) else [int(i) for i in p] for p in prompts]
         if not ids:
             return
         pad_id = check_ids(ids, c.vocab_size, c.vocab_size - 1 if pad_id is None else pad_id)

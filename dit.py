@@ -186,11 +186,11 @@ class DiT(nn.Module):
         else:
             if modulation is None:
                 modulation = self.modulation(torch.cat([t, t.new_zeros(1)]))
-            at_t, at_0 = ([m[rows, None] for m in modulation] for rows in (slice(None, -1), slice(-1, None)))
             if clean is None:
-                modulation = at_t  # (B or 1, 1, 6C)
-            else:
-                modulation = [torch.where(clean[..., None], m0, mt) for m0, mt in zip(at_0, at_t, strict=True)]
+                modulation = [m[:-1, None] for m in modulation]  # (B or 1, 1, 6C)
+            else:  # each position picks one of two rows; as a product with one-hot rows, backward is a product as well
+                pick = torch.stack([~clean, clean], dim=-1).to(modulation[0].dtype)  # (B or 1, n, 2)
+                modulation = [pick @ torch.stack([m[:-1], m[-1:].expand_as(m[:-1])], dim=1) for m in modulation]
 
         x = self.txt_in.proj(z.to(self.txt_in.proj.weight.dtype))  # (B, n, C)
         for block, m in zip(self.blocks, modulation[:-1], strict=True):
