@@ -80,7 +80,7 @@ class ColaDLM(nn.Module):
         or damaged file, an option this implementation does not have, or tensors that are missing, extra or misshapen.
         """
         vae, dit = load_vae(folder, device, dtype), load_dit(folder, device, dtype)
-        return cls(vae, dit, find_tokenizer(folder)).eval()
+        return cls(vae, dit, find_tokenizer(folder, vae.config.vocab_size)).eval()
 
     def save_pretrained(self, folder):
         """Write weights, configurations and tokenizer in the released layout, each file complete or not at all."""
@@ -88,10 +88,6 @@ class ColaDLM(nn.Module):
         save_dit(self.dit, folder)
         if self.tokenizer is not None:
             save_tokenizer(self.tokenizer, Path(folder) / "tokenizer.json")
-
-    def to_dit(self, z):
-        """A VAE latent in the units of the DiT."""
-        return (z - self.vae.config.shifting_factor) * self.vae.config.scaling_factor
 
     def generate(self, prompts, **options):
         """New tokens for every prompt: a list of id lists, with a str in place of each list whose prompt was a str.
@@ -128,59 +124,68 @@ class ColaDLM(nn.Module):
         cfg_scale: guidance u + s (c - u) of the block with its history over the block without; 1 skips the second.
         temperature: 0 takes the likeliest token at each position; otherwise top_k and top_p apply (0 and 1: off).
         repetition_penalty: as released, the ids that count are the model's own predictions of earlier blocks.
-        eos_id: a row ends before this token; None: never.  pad_id: fills the prompt's last block for the encoder,
-        default the last id of the vocabulary (in the released model padding inside a block changes that block).
+        eos_id: a row ends before this token; None: nothing ends it early.  pad_id: fills the prompt's last block for
+        the encoder (where, in the released model, it matters); default the last id of the vocabulary.
         seed: row i of block b draws its noise from a generator seeded seed + 1000 i + 10^7 b, as in the released code,
         so a row does not depend on the rest of the batch.  noise: (n_blocks, B, block_size, d) instead; generation
         ends with the last block of noise.
         round_time: round 1000 t to bfloat16, which the released code does on a GPU; only for comparisons with it.
+        Raises ValueError for options out of range, for ids outside the vocabulary, and for text without a tokenizer.
 
-        Where the released code surprises a user, this does not: it cuts at the end-of-text token, ends rows one by
-        one, never counts prompt positions as new tokens, stops at max_new_tokens rather than at the next full block,
-        takes empty prompts, and makes no cache entry for a last block that nobody reads.  One oddity stays, because
-        the numbers depend on it: with patch_size 2 the second half of an odd prompt's last latent is predicted, and
-        returned, from a latent that was encoded with padding there.
+        Where the released code surprises a user, this does not: it cuts at the end-of-text token if told which it is,
+        ends rows one by one, never counts prompt positions as new tokens, stops at max_new_tokens rather than at the
+        next full block, takes empty prompts, and makes no cache entry for a last block that nobody reads.  What stays,
+        because the numbers depend on it: the decoder reads latents as the DiT left them, still shifted and scaled; and
+        with patch_size 2 the second half of an odd prompt's last latent, which was encoded with padding there, is
+        decoded like a new token (or, where it ends a block, passed over).
         """
         check_options(max_new_tokens, steps, cfg_scale, solver, temperature, top_k, top_p, repetition_penalty)
+        if isinstance(prompts, str):
+            raise ValueError("prompts must be a list; for one text write [text]")
         self.eval()
         c, device = self.vae.config, self.vae.decoder.in_layer.weight.device
         block_size, chunk, d = c.block_size, c.block_size * c.patch_size, c.latent_dim
         ids = [encode_prompt(self.tokenizer, p) if isinstance(p, str) else [int(i) for i in p] for p in prompts]
+        pad_id = c.vocab_size - 1 if pad_id is None else pad_id
+        check_ids(ids + [[pad_id]], c.vocab_size)
         if not ids:
             return
-        pad_id = check_ids(ids, c.vocab_size, c.vocab_size - 1 if pad_id is None else pad_id)
         B = len(ids)
 
-        # 1. Encode the prompts.  Whole blocks are history; what is left over opens the first generated block.
-        latents = self.to_dit(self.vae.encode(pad_rows(ids, chunk, pad_id, device)).mu) if any(ids) else None
-        n_prompt = torch.tensor([-(-len(row) // c.patch_size) for row in ids])  # prompt latents
-        n_history = n_prompt // block_size * block_size
-        n_slots = [len(row) - int(h) * c.patch_size for row, h in zip(ids, n_history, strict=True)]  # tokens left over
+        # 1. Encode the prompts.  Whole blocks are history; the latents left over open the first generated block, and
+        # the tokens left over are the slots of that block which are not new.
+        n_latents = torch.tensor([-(-len(row) // c.patch_size) for row in ids])  # (B,)
+        n_history = n_latents // block_size * block_size  # (B,)
+        n_slots = [max(len(row) - int(h) * c.patch_size, 0) for row, h in zip(ids, n_history, strict=True)]
         n_blocks = max(-(-(slots + max_new_tokens) // chunk) for slots in n_slots)
         if noise is not None:
-            if noise.dim() != 4 or noise.shape[1:] != (B, block_size, d):
+            if noise.dim() != 4 or len(noise) == 0 or noise.shape[1:] != (B, block_size, d):
                 raise ValueError(f"noise must be (n_blocks, {B}, {block_size}, {d}), not {tuple(noise.shape)}")
             n_blocks = min(n_blocks, len(noise))
+        if any(ids):
+            prompt_z = self.vae.to_dit(self.vae.encode(pad_rows(ids, chunk, pad_id, device)).mu)  # (B, longest, d)
 
         # 2. One pass of both models over the history fills their caches.
         max_len = int(n_history.max()) + n_blocks * block_size
         vae_cache, dit_cache = self.vae.new_cache(B, max_len), self.dit.new_cache(B, max_len)
         times = torch.linspace(1.0, 0.0, steps + 1, device=device)
         network_times = (1000 * times).bfloat16().float() / 1000 if round_time else times
-        modulation = self.dit.modulation(network_times)  # row -1 is t = 0
-        at_zero = [m[[-1, -1]] for m in modulation]
+        rows = self.dit.modulation(torch.stack([network_times, torch.zeros_like(times)], dim=1))  # (steps + 1, 2, ...)
+        modulation = [[row[i] for row in rows] for i in range(steps + 1)]  # of the times [t_i, 0], for each step
+        at_zero = modulation[-1]
         if n_history.any():
-            history = latents[:, : int(n_history.max())]
+            history = prompt_z[:, : int(n_history.max())]
             self.dit(history, modulation=at_zero, cache=dit_cache)
             self.vae.decode(history, vae_cache)
             dit_cache.commit(n_history)
             vae_cache.commit(n_history)
 
-        # The latents of the first block that the prompt pins ("clean repaint"): known at time 0, velocity 0.
-        known = torch.arange(block_size) < (n_prompt - n_history)[:, None]  # (B, block_size)
-        pinned = torch.zeros(B, block_size, d, device=device)
-        for row in known.any(1).nonzero()[:, 0].tolist():
-            pinned[row] = latents[row, n_history[row] : n_history[row] + block_size]
+        # "Clean repaint": latents of the first block that the prompt determines are clean (time 0) and do not move.
+        clean = torch.arange(block_size) < (n_latents - n_history)[:, None]  # (B, block_size)
+        clean_z = torch.zeros(B, block_size, d, device=device)
+        for i in clean.any(1).nonzero()[:, 0].tolist():
+            clean_z[i] = prompt_z[i, n_history[i] : n_history[i] + block_size]
+        clean = clean.to(device) if clean.any() else None
 
         seen = torch.zeros(B, c.vocab_size, dtype=torch.bool, device=device)  # ids predicted in earlier blocks
         writers = [Writer(self.tokenizer if isinstance(p, str) else None, eos_id, max_new_tokens) for p in prompts]
@@ -188,42 +193,49 @@ class ColaDLM(nn.Module):
             # 3. Noise to latents, given the history.
             generators = [torch.Generator().manual_seed(seed + 1000 * i + 10_000_000 * b) for i in range(B)]
             z = torch.stack([torch.randn(block_size, d, generator=g) for g in generators])
-            z = (z if noise is None else noise[b]).to(device, torch.float32)
-            clean = known.to(device) if b == 0 and known.any() else None
+            z = (z if noise is None else noise[b]).to(device, torch.float32)  # (B, block_size, d)
             if clean is not None:
-                z = torch.where(clean[..., None], pinned, z)
-            # Without a history both branches are one and the same, and guidance would only amplify rounding errors.
-            guided = (dit_cache.length > 0) & (cfg_scale != 1)
-            scale = torch.where(guided, cfg_scale, 1.0).to(device)[:, None, None] if guided.any() else None
-
-            def velocity(z, i, clean=clean, scale=scale):
-                m = [layer[[i, -1]] for layer in modulation]
-                if scale is None:
-                    v = self.dit(z, modulation=m, clean=clean, cache=dit_cache)
-                else:  # both branches in one batch; the second half has no cache rows, hence no history
-                    both = None if clean is None else clean.repeat(2, 1)
-                    v = self.dit(z.repeat(2, 1, 1), modulation=m, clean=both, cache=dit_cache)
-                    v = guide(*v.chunk(2), scale)
-                return v if clean is None else v.masked_fill(clean[..., None], 0.0)
-
+                z = torch.where(clean[..., None], clean_z, z)
+            velocity = self.velocity(modulation, dit_cache, cfg_scale, clean)
             z = solve(velocity, z, times, solver)
 
             # 4. Latents to tokens, once.
-            logits = self.vae.decode(z, vae_cache).float()
+            logits = self.vae.decode(z, vae_cache).float()  # (B, chunk, V)
             if repetition_penalty != 1:
                 logits = penalise(logits, seen, repetition_penalty)
             uniform = torch.stack([torch.rand(chunk, generator=g) for g in generators]).to(device)
-            tokens = pick_tokens(logits, uniform, temperature, top_k, top_p)
+            tokens = pick_tokens(logits, uniform, temperature, top_k, top_p)  # (B, chunk)
             seen.scatter_(1, tokens, True)
-            rows = tokens.tolist()
-            yield [w.write(row[slots if b == 0 else 0 :]) for w, row, slots in zip(writers, rows, n_slots, strict=True)]
+            last = b == n_blocks - 1
+            new = [row[slots:] for row, slots in zip(tokens.tolist(), n_slots, strict=True)]
+            yield [writer.write(row, last) for writer, row in zip(writers, new, strict=True)]
 
             # 5. The finished block becomes history, at t = 0.
-            if all(w.done for w in writers) or b == n_blocks - 1:
+            if last or all(writer.done for writer in writers):
                 return
             self.dit(z, modulation=at_zero, cache=dit_cache)
             dit_cache.commit(block_size)
             vae_cache.commit(block_size)
+            clean, n_slots = None, [0] * B
+
+    def velocity(self, modulation, cache, cfg_scale, clean):
+        """The guided velocity of one block as a function (z (B, block_size, d), step) -> (B, block_size, d).
+
+        Rows without a history are not guided: there both branches are one and the same, and guidance would only
+        amplify rounding errors.  `clean` latents (bool, (B, block_size), or None) do not move."""
+        guided = (cache.length > 0) & (cfg_scale != 1)
+        scale = torch.where(guided, cfg_scale, 1.0).to(cache.k.device)[:, None, None]
+
+        def velocity(z, i):
+            if not guided.any():
+                v = self.dit(z, modulation=modulation[i], clean=clean, cache=cache)
+            else:  # both branches in one batch; the second half has no rows in the cache, hence no history
+                both_clean = None if clean is None else clean.repeat(2, 1)
+                v = self.dit(z.repeat(2, 1, 1), modulation=modulation[i], clean=both_clean, cache=cache)
+                v = guide(*v.chunk(2), scale)
+            return v if clean is None else v.masked_fill(clean[..., None], 0.0)
+
+        return velocity
 
 
 class Writer:
@@ -233,12 +245,13 @@ class Writer:
         self.tokenizer, self.eos_id, self.left, self.done = tokenizer, eos_id, limit, False
         self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span two blocks
 
-    def write(self, ids):
+    def write(self, ids, last=False):
+        """The part of a block's new ids that this row still says, as ids or text; last: no block will follow."""
         if self.done:
             return "" if self.tokenizer else []
         ids = ids[: self.left]
         self.left -= len(ids)
-        self.done = self.left == 0
+        self.done = last or self.left == 0
         if self.eos_id in ids:
             ids, self.done = ids[: ids.index(self.eos_id)], True
         return self.utf8.decode(decode_bytes(self.tokenizer, ids), final=self.done) if self.tokenizer else ids
@@ -250,11 +263,10 @@ def pad_rows(ids, chunk, pad_id, device):
     return torch.tensor([row + [pad_id] * (length - len(row)) for row in ids], device=device)
 
 
-def check_ids(ids, vocab_size, pad_id):
-    for i in [i for row in ids for i in row] + [pad_id]:
+def check_ids(ids, vocab_size):
+    for i in (i for row in ids for i in row):
         if not 0 <= i < vocab_size:
             raise ValueError(f"token id {i} is outside the vocabulary 0..{vocab_size - 1}")
-    return pad_id
 
 
 def check_options(max_new_tokens, steps, cfg_scale, solver, temperature, top_k, top_p, repetition_penalty):
@@ -325,16 +337,16 @@ def load_dit(folder, device="cpu", dtype=torch.float32):
     return load_weights(DiT, config, Path(folder) / "cola_dit", device, dtype)
 
 
-def save_vae(vae, folder):
-    """Write folder/cola_vae."""
+def save_vae(vae, folder, state=None):
+    """Write folder/cola_vae; `state` replaces the model's own weights (their moving average, say)."""
     raw = to_raw(vae.config, VAE_NAMES) | VAE_FIXED
     raw |= dict(use_emb=True, dropout=0.0, attn_dropout=0.0, init_fn="normal", init_cutoff_factor=3)
     raw |= dict(model_type="cola_text_vae", architectures=["ColaTextVAEModel"])
-    save_weights(vae.state_dict(), raw, Path(folder) / "cola_vae")
+    save_weights(state or vae.state_dict(), raw, Path(folder) / "cola_vae")
 
 
 def save_dit(dit, folder, state=None):
-    """Write folder/cola_dit; `state` replaces the model's own weights (their moving average, say)."""
+    """Write folder/cola_dit; `state` as in `save_vae`."""
     raw = to_raw(dit.config, DIT_NAMES) | DIT_FIXED
     raw["txt_in_channels"] = raw["txt_out_channels"] = raw.pop("latent_dim")
     raw |= dict(emb_dim=dit.config.dim, model_type="cola_dit", architectures=["ColaDiTModel"])
@@ -354,8 +366,8 @@ def to_config(cls, raw, names, fixed, folder):
     fields = {f.name: names.get(f.name, f.name) for f in dataclasses.fields(cls)}
     try:
         return cls(**{ours: raw[theirs] for ours, theirs in fields.items() if theirs in raw})
-    except TypeError as error:
-        raise ValueError(f"{folder}: the configuration holds a value of the wrong type ({error})") from None
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
 
 
 def to_raw(config, names):
@@ -364,18 +376,21 @@ def to_raw(config, names):
 
 def read_json(path):
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist: is this a model folder?") from None
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return content
 
 
 def weight_files(folder):
     """{tensor name: file} of one model.safetensors or of all shards that its index names."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names = read_json(index)["weight_map"]
+        names = read_json(index).get("weight_map", {})
         return {name: folder / file for name, file in names.items()}
     file = folder / "model.safetensors"
     if not file.exists():
@@ -424,14 +439,19 @@ def save_weights(state, raw_config, folder):
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
     with replacing(folder / "model.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)  # shards of an older model count no more
     with replacing(folder / "config.json") as temporary:
         temporary.write_text(json.dumps(raw_config | {"dtype": "float32"}, indent=2, sort_keys=True) + "\n")
 
 
-def find_tokenizer(folder):
-    """tokenizer.json beside the two model folders, inside one of them, or one folder up; None if there is none."""
+def find_tokenizer(folder, vocab_size):
+    """tokenizer.json beside the two model folders, inside one of them, or one folder up; None if there is none.
+    Raises ValueError if it has ids outside the vocabulary."""
     folder = Path(folder)
     for place in (folder, folder / "cola_dit", folder / "cola_vae", folder.resolve().parent):
         if (place / "tokenizer.json").exists():
-            return load_tokenizer(str(place / "tokenizer.json"))
+            tokenizer = load_tokenizer(str(place / "tokenizer.json"))
+            if tokenizer.n_vocab > vocab_size:
+                raise ValueError(f"{place}/tokenizer.json has {tokenizer.n_vocab} ids, the model {vocab_size}")
+            return tokenizer
     return None

@@ -35,7 +35,12 @@ def parse_options(cls, description, presets=None, argv=None):
     presets: {name: {option: value}}, chosen by the option `preset` and weaker than what is given explicitly.
     Returns (options, given), given being the names that stand on the command line.  Exits with code 2 and one line if
     something is wrong."""
-    parser = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = Parser(
+        description=description,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     fields = dataclasses.fields(cls)
     for field in fields:
         flag = "--" + field.name.replace("_", "-")
@@ -49,11 +54,13 @@ def parse_options(cls, description, presets=None, argv=None):
             kwargs.update(type=type(field.default), choices=field.metadata["choices"])
             kwargs["metavar"] = None if field.metadata["choices"] else type(field.default).__name__.upper()
         parser.add_argument(flag, **kwargs)
-    given = vars(parser.parse_args(argv))
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(parser.parse_args(argv)).items()}
     for field in fields:
         low, high = field.metadata["low"], field.metadata["high"]
         value = given.get(field.name, field.default)
-        if (low is not None and not value >= low) or (high is not None and not value <= high):
+        if isinstance(value, float) and not math.isfinite(value):
+            parser.error(f"--{field.name.replace('_', '-')} {value} is out of range: it must be a finite number")
+        if (low is not None and value < low) or (high is not None and value > high):
             allowed = f"at least {low}" if high is None else f"between {low} and {high}"
             parser.error(f"--{field.name.replace('_', '-')} {value} is out of range: it must be {allowed}")
     preset = (presets or {}).get(given.get("preset"), {})
@@ -87,15 +94,18 @@ def pick_device(name="auto"):
         raise ValueError(f"device {name} is not available on this machine") from None
 
 
+def multiplies_bf16(device):
+    """Whether the hardware itself multiplies bfloat16 matrices; where it is only emulated, fp32 is faster."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    has_tiles = getattr(torch.cpu, "_is_amx_tile_supported", None)  # AMX; not in every version of PyTorch
+    return device.type == "cpu" and has_tiles is not None and has_tiles()
+
+
 def autocast(device, precision="auto"):
-    """Mixed precision: matrix products in bfloat16, weights in fp32.  "auto": where hardware multiplies bfloat16."""
-    if precision == "auto":
-        if device.type == "cuda":
-            fast = torch.cuda.is_bf16_supported()
-        else:  # on CPUs with matrix tiles (AMX) a training step is twice as fast; without them bfloat16 is slower
-            fast = device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", bool)()
-        precision = "bf16" if fast else "fp32"
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    """Mixed precision: matrix products in bfloat16, weights in fp32.  "auto": where the hardware can."""
+    bf16 = precision == "bf16" or (precision == "auto" and multiplies_bf16(device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -114,22 +124,22 @@ def make_optimizer(parts, weight_decay):
 
 
 def learning_rate(step, steps, warmup, peak, final):
-    """Linear warm-up to `peak` in `warmup` steps, then a cosine to `final` at the last step."""
+    """Linear warm-up to `peak` in `warmup` steps, then a cosine to `final` at the last step, steps - 1."""
     if step < warmup:
         return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(steps - warmup, 1)
+    progress = (step - warmup) / max(steps - 1 - warmup, 1)
     return final + 0.5 * (peak - final) * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
-def optimizer_step(optimizer, loss, lr, clip):
-    """Backward, clip the global gradient norm, step at learning rate lr times the ratio of each group."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    torch.nn.utils.clip_grad_norm_(params, clip)
+def optimizer_step(optimizer, lr, clip):
+    """Clip the global gradient norm (clip 0: leave it), step at lr times the ratio of each group, forget gradients."""
+    if clip > 0:
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(params, clip)
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_ratio"]
     optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def step_generator(seed, step, device):
@@ -162,17 +172,18 @@ class Run:
         Raises FileExistsError if the folder holds another run, FileNotFoundError if there is nothing to resume."""
         self.folder = Path(options.out)
         self.file = self.folder / "training.pt"
-        self.state, self.log, self.options = None, [], options
+        self.log, self.options = [], options
         if options.resume:
-            self.state = load_state(self.file)
-            saved = self.state["options"]
+            state = self.load()
+            saved, self.log = state["options"], state["log"]
+            if saved.keys() != dataclasses.asdict(options).keys():
+                raise ValueError(f"{self.folder} holds a run of another script, or of another version of this one")
             for name in given - set(free):
                 if getattr(options, name) != saved[name]:
                     flag = "--" + name.replace("_", "-")
                     raise ValueError(f"{self.folder} was started with {flag} {saved[name]}: resume it without {flag}")
             kept = {name: value for name, value in saved.items() if name not in free}
             self.options = dataclasses.replace(options, **kept)
-            self.log = self.state["log"]
         elif any((self.folder / name).exists() for name in ("training.pt", "cola_vae", "cola_dit")):
             raise FileExistsError(f"{self.folder} already holds a run: add --resume, or choose another --out")
 
@@ -182,6 +193,15 @@ class Run:
         self.log.append(dict(step=step, lr=lr) | row)
         bar.set_postfix({name: f"{value:.3f}" for name, value in row.items()} | dict(lr=f"{lr:.1e}"))
 
+    def load(self):
+        """What `save` wrote, on the CPU."""
+        try:
+            return torch.load(self.file, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{self.file} does not exist: there is no run to resume") from None
+        except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError):
+            raise ValueError(f"{self.file} is damaged or truncated") from None
+
     def save(self, step, **state):
         """Write state_dicts and the log; complete or not at all."""
         with replacing(self.file) as temporary:
@@ -189,11 +209,3 @@ class Run:
         with replacing(self.folder / "log.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in self.log))
 
-
-def load_state(file):
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file} does not exist: there is no run to resume") from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError):
-        raise ValueError(f"{file} is damaged or truncated") from None

@@ -1,6 +1,6 @@
 """Text -> tokens: documents, tokenizers, token files, batches.
 
-    python data.py my_texts/ notes.jsonl --out tokens      # prepare a corpus of any size once
+    python data.py --data my_texts/ notes.jsonl --out tokens      # prepare a corpus of any size once
     python train_vae.py --data tokens
 
 Tokenizers are `tiktoken.Encoding` objects: byte-level BPE, trained on the corpus, read from a `tokenizer.json`, or one
@@ -36,7 +36,8 @@ def documents(source):
     """Yield the documents of a corpus: of the text inside Python if source is ("pydoc",), else of files and folders.
 
     .jsonl files hold one {"text": ...} a line; every other file is one UTF-8 text; folders are searched for .txt, .md
-    and .jsonl.  Nothing is held in memory but the current piece.  Raises ValueError for what cannot be read."""
+    and .jsonl.  Nothing is held in memory but the current piece.  Raises ValueError or FileNotFoundError for what
+    cannot be read."""
     if tuple(source) == ("pydoc",):
         yield from pydoc_documents()
         return
@@ -44,14 +45,23 @@ def documents(source):
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist")
         suffixes = (".txt", ".md", ".jsonl")
-        files = sorted(f for f in path.rglob("*") if f.suffix in suffixes) if path.is_dir() else [path]
+        files = sorted(f for f in path.rglob("*") if f.suffix in suffixes and f.is_file()) if path.is_dir() else [path]
         if not files:
             raise ValueError(f"{path} holds no .txt, .md or .jsonl file")
         for file in files:
             try:
                 yield from jsonl_documents(file) if file.suffix == ".jsonl" else text_pieces(file)
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+            except UnicodeDecodeError:
+                raise ValueError(f"{file} is not UTF-8 text: see line {first_undecodable_line(file)}") from None
+
+
+def first_undecodable_line(file):
+    with open(file, "rb") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return number
 
 
 def text_pieces(file):
@@ -173,8 +183,8 @@ CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
 
 
 def load_tokenizer(name):
-    """A tiktoken.Encoding from the path of a tokenizer.json or from one of tiktoken's names, such as cl100k_base (which
-    tiktoken downloads once).  <|pad|> is added as the last id if there is none."""
+    """A tiktoken.Encoding from the path of a tokenizer.json, or from one of tiktoken's names, such as cl100k_base
+    (which tiktoken downloads once), with <|pad|> added as the last id."""
     if Path(name).suffix == ".json":
         return read_tokenizer_json(Path(name))
     if name not in tiktoken.list_encoding_names():
@@ -207,6 +217,9 @@ def read_tokenizer_json(path):
         raise FileNotFoundError(f"{path} does not exist") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a byte-level BPE tokenizer: {type(error).__name__}: {error}") from None
+    ids = [*ranks.values(), *added.values()]
+    if len(ids) != len(set(ids)):
+        raise ValueError(f"{path}: two tokens have the same id")
     if order != sorted(order) or any(bytes([b]) not in ranks for b in range(256)):
         raise ValueError(f"{path}: ids must follow the order of the merges and cover all 256 bytes")
     if END_OF_TEXT not in added:
@@ -231,13 +244,14 @@ def save_tokenizer(tokenizer, path):
     def spell(token):
         return "".join(BYTE_TO_CHAR[b] for b in token)
 
-    merges = [[spell(part) for part in last_merge(token, ranks)] for token in ranks if len(token) > 1]
+    by_rank = sorted(ranks, key=ranks.get)
+    merges = [[spell(part) for part in last_merge(token, ranks)] for token in by_rank if len(token) > 1]
     byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
     split = dict(type="Split", pattern=dict(Regex=tokenizer._pat_str), behavior="Isolated", invert=False)
     flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
     model = dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None)
     model |= dict(fuse_unk=False, byte_fallback=False, ignore_merges=True)  # a word that is a token is that token
-    model |= dict(vocab={spell(token): rank for token, rank in ranks.items()}, merges=merges)
+    model |= dict(vocab={spell(token): ranks[token] for token in by_rank}, merges=merges)
     raw = dict(
         version="1.0",
         truncation=None,
@@ -264,8 +278,14 @@ def last_merge(token, ranks):
 
 
 def spelling(tokenizer):
-    """What each id stands for: two tokenizers that agree here are one."""
+    """What each id stands for."""
     return tokenizer._mergeable_ranks, tokenizer._special_tokens
+
+
+def check_same(of_text, of_model):
+    """Raises ValueError if a text was tokenized by another tokenizer than the model's."""
+    if spelling(of_text) != spelling(of_model):
+        raise ValueError("the text was tokenized differently: this model needs text in the tokens of its VAE")
 
 
 def encode_prompt(tokenizer, text):
@@ -305,11 +325,12 @@ def prepare(source, tokenizer, vocab_size, folder):
                     ids = np.array(encoding.encode_ordinary(text) + [encoding.eot_token], dtype=np.uint32)
                     held_out = zlib.crc32(text.encode("utf-8", errors="replace")) < HELD_OUT * 2**32
                     ids.tofile(val_file if held_out else train_file)
-        n_train, n_val = train.stat().st_size // 4, val.stat().st_size // 4
-        if n_train + n_val == 0:
+        n_val, n = (sum(file.stat().st_size // 4 for file in files) for files in ([val], [train, val]))
+        if n == 0:
             raise ValueError(f"there is no text in {' '.join(map(str, source))}")
-        if n_val < HELD_OUT / 5 * n_train:  # few long documents: hold out the end of the last one instead
-            move_tail(train, val, int(HELD_OUT * n_train))
+        if not HELD_OUT / 3 < n_val / n < HELD_OUT * 3:  # few documents: cut at the right place instead
+            wanted = max(1, int(HELD_OUT * n))
+            move_tail(train, val, wanted - n_val) if n_val < wanted else move_tail(val, train, n_val - wanted)
         save_tokenizer(encoding, folder / "tokenizer.json")
     return open_tokens(folder)
 
@@ -323,12 +344,13 @@ def sample(texts):
             return
 
 
-def move_tail(train, val, n):
-    tokens = np.fromfile(train, dtype=np.uint32, offset=train.stat().st_size - 4 * n)
-    with open(val, "ab") as f:
-        tokens.tofile(f)
-    with open(train, "rb+") as f:
-        f.truncate(train.stat().st_size - 4 * n)
+def move_tail(source, target, n):
+    """Move the last n tokens of one token file to the end of another."""
+    keep = source.stat().st_size - 4 * n
+    with open(target, "ab") as f:
+        np.fromfile(source, dtype=np.uint32, offset=keep).tofile(f)
+    with open(source, "rb+") as f:
+        f.truncate(keep)
 
 
 @dataclass
@@ -345,7 +367,7 @@ def is_prepared(folder):
 
 
 def open_tokens(folder):
-    """The Corpus in a folder that `prepare` wrote."""
+    """The Corpus in a folder that `prepare` wrote.  Reads every token once, to be sure that the vocabulary has it."""
     folder = Path(folder)
     tokenizer = read_tokenizer_json(folder / "tokenizer.json")
     splits = []
@@ -360,10 +382,17 @@ def open_tokens(folder):
     return Corpus(*splits, tokenizer)
 
 
-def check_length(corpus, batch_size, seq_len, chunk):
-    """Raises ValueError if the text cannot fill one batch, or blocks of `chunk` tokens cannot fill a sequence."""
+def check_shape(batch_size, passes, seq_len, vae_config):
+    """Raises ValueError if blocks do not fill a sequence, or if a batch does not split evenly into passes."""
+    chunk = vae_config.block_size * vae_config.patch_size
     if seq_len % chunk:
         raise ValueError(f"--seq-len {seq_len} must be a multiple of block_size * patch_size = {chunk}")
+    if batch_size % passes:
+        raise ValueError(f"--batch-size {batch_size} must be a multiple of --passes {passes}")
+
+
+def check_length(corpus, batch_size, seq_len):
+    """Raises ValueError if the text cannot fill one batch."""
     for name, need in [("train", batch_size * seq_len), ("val", seq_len)]:
         have = len(getattr(corpus, name))
         if have < need:

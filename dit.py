@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from vae import KVCache, attend, layout, rope_table
+from vae import KVCache, attend, check_sizes, layout, rope_table
 
 TIME_CHANNELS = 256
 ROPE_THETA = 10000.0
@@ -39,6 +39,7 @@ class DiTConfig:
     norm_eps: float = 1e-5
 
     def __post_init__(self):
+        check_sizes(self)
         if self.rope_dim % 2 or not 0 < self.rope_dim <= self.head_dim:
             raise ValueError(f"rope_dim {self.rope_dim} must be even, above 0 and at most head_dim {self.head_dim}")
 
@@ -160,8 +161,8 @@ class DiT(nn.Module):
         nn.init.zeros_(self.txt_out.proj.weight)
 
     def modulation(self, t):
-        """All that the network needs to know of times t (T,) in [0, 1]: one (T, 6C) tensor a block and (T, 2C) for the
-        output.  It depends on nothing else, so a sampler computes it once per run."""
+        """All that the network needs to know of times t (...) in [0, 1]: a tensor (..., 6C) for every block and one
+        (..., 2C) for the output.  It depends on nothing else, so a sampler computes it once per run."""
         e = self.emb_in(t)
         return [block.modulation(e) for block in self.blocks] + [self.txt_out_ada.out_in(e)]
 
@@ -171,7 +172,7 @@ class DiT(nn.Module):
         z (B, n, d).
         t in [0, 1]: (B,) one time a row, (1,) one for all, or (B, n) one for each latent (general, but a third slower).
         clean: bool, (B, n) or (1, n): these latents are clean, their time is 0 whatever t says.
-        modulation: instead of t, what `modulation(torch.cat([t, zero]))` returned; its last row serves `clean`.
+        modulation: in place of t, what `modulation` returned for the times [t, 0] (one row per t, then that of 0).
         pos (1, n) and mask: positions and attention mask if not those of one plain sequence (training layout).
         cache: the history; z continues it.  Rows beyond those of the cache have no history.
         Returns v (B, n, d) in fp32.
@@ -181,16 +182,18 @@ class DiT(nn.Module):
             pos, mask = layout(n, c.block_size, z.device, cache)
         rope_pos = pos if len(pos) == 1 else pos.repeat(len(z) // len(pos), 1)
         rope = rope_table(rope_pos, c.rope_dim, ROPE_THETA, z.device)
+
         if modulation is None and t.dim() == 2:
-            modulation = self.modulation(t)  # (B, n, 6C)
+            modulation = self.modulation(t if clean is None else t.masked_fill(clean, 0.0))  # (B, n, 6C)
         else:
             if modulation is None:
-                modulation = self.modulation(torch.cat([t, t.new_zeros(1)]))
+                modulation = self.modulation(torch.cat([t, t.new_zeros(1)]))  # (B + 1, 6C)
             if clean is None:
                 modulation = [m[:-1, None] for m in modulation]  # (B or 1, 1, 6C)
             else:  # each position picks one of two rows; as a product with one-hot rows, backward is a product as well
                 pick = torch.stack([~clean, clean], dim=-1).to(modulation[0].dtype)  # (B or 1, n, 2)
-                modulation = [pick @ torch.stack([m[:-1], m[-1:].expand_as(m[:-1])], dim=1) for m in modulation]
+                pairs = [torch.stack([m[:-1], m[-1:].expand_as(m[:-1])], dim=1) for m in modulation]  # (B or 1, 2, 6C)
+                modulation = [pick @ pair for pair in pairs]  # (B, n, 6C)
 
         x = self.txt_in.proj(z.to(self.txt_in.proj.weight.dtype))  # (B, n, C)
         for block, m in zip(self.blocks, modulation[:-1], strict=True):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from cola import ColaDLM
-from common import option, parse_options, pick_device, run_script
+from common import multiplies_bf16, option, parse_options, pick_device, run_script
 
 
 @dataclass
@@ -21,7 +21,7 @@ class Options:
     max_new_tokens: int = option(64, "at most so many new tokens a sample", low=1)
     steps: int = option(16, "steps of the ODE solver per block", low=1)
     solver: str = option("euler", "ODE solver; heun evaluates the prior twice a step", choices=("euler", "heun"))
-    cfg_scale: float = option(3.0, "guidance: how strongly the history steers; 1 is none", low=0.0)
+    cfg_scale: float = option(3.0, "guidance: how strongly the history steers; 1: none; 7: released", low=0.0)
     temperature: float = option(0.0, "of the tokens; 0 takes the likeliest", low=0.0)
     top_k: int = option(0, "keep the k likeliest tokens; 0 keeps all", low=0)
     top_p: float = option(1.0, "keep the likeliest tokens of this total probability", low=0.0, high=1.0)
@@ -35,7 +35,7 @@ class Options:
 def main():
     o, _ = parse_options(Options, __doc__)
     device = pick_device(o.device)
-    bf16 = o.dtype == "bf16" or (o.dtype == "auto" and device.type == "cuda")
+    bf16 = o.dtype == "bf16" or (o.dtype == "auto" and device.type == "cuda" and multiplies_bf16(device))
     model = ColaDLM.from_pretrained(o.model, device, torch.bfloat16 if bf16 else torch.float32)
     if model.tokenizer is None:
         raise ValueError(f"{o.model} has no tokenizer.json")

@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 from tqdm import tqdm
 
 import common
 import data
-from cola import check_fit, find_tokenizer, load_vae, save_dit, save_vae
+from cola import find_tokenizer, load_vae, save_dit, save_vae
 from common import option
 from dit import DiT, DiTConfig
 from flow import flow_matching_loss, sample_times, simulated_prompts
@@ -50,13 +51,14 @@ class Options:
     # optimization
     steps: int = option(600, "training steps", low=1)
     batch_size: int = option(16, "sequences per step", low=1)
+    passes: int = option(1, "passes per step, each with its share of the batch: less memory", low=1)
     seq_len: int = option(128, "tokens per sequence", low=1)
     lr: float = option(1e-3, "peak learning rate", low=0.0)
     final_lr: float = option(1e-5, "learning rate at the end of the cosine", low=0.0)
     warmup: int = option(50, "steps of linear warm-up", low=0)
     weight_decay: float = option(0.01, "AdamW weight decay of matrices", low=0.0)
-    clip: float = option(1.0, "largest norm of the gradient", low=0.0)
-    ema: float = option(0.99, "decay of the moving average of the weights, which is what gets sampled", high=1.0)
+    clip: float = option(1.0, "largest norm of the gradient; 0: any", low=0.0)
+    ema: float = option(0.99, "decay of the moving average of the weights, which is what is sampled", low=0.0, high=1.0)
     # run
     out: str = option("runs/cola", "folder of the run and of the whole model")
     resume: bool = option(False, "continue the run in that folder")
@@ -67,34 +69,45 @@ class Options:
     precision: str = option("auto", "of matrix products; weights stay fp32", choices=("auto", "fp32", "bf16"))
 
 
-PRESETS = {
+PRESETS = {  # "small" is what stands above
     "2b": dict(
         dim=2048, n_head=16, head_dim=128, rope_dim=96, n_layer=24, joint=True,
-        steps=200_000, batch_size=1408, seq_len=512, lr=1.5e-4, final_lr=1e-5, warmup=5000, ema=0.9999, save_every=1000,
+        steps=200_000, batch_size=1408, passes=88, seq_len=512, lr=1.5e-4, final_lr=1e-5, warmup=5000, save_every=1000,
+        ema=0.9999,  # not the paper's, which does not mention one
     ),
 }  # fmt: skip
+EVAL_SEQUENCES = 128  # held-out sequences behind the figure at the end
 
 
-def stage2_loss(vae, reference, dit, idx, o, generator):
-    """The stage-2 objective for tokens idx (B, L).  Returns (loss, terms).
-
-    Frozen VAE: L_FM alone, latents computed without gradient.  Joint (Eq. 2.2.3): the VAE learns too, and the prior
-    takes the place of N(0, I) in its KL: the cross-entropy to the prior is what L_FM bounds, the posterior's entropy
-    remains, and KL(q || q_ref) to the stage-1 encoder keeps the latents from drifting away under the prior."""
-    with torch.set_grad_enabled(o.joint):
-        posterior = vae.encode(idx)
-        z = posterior.sample(generator)
-    z0 = (z - vae.config.shifting_factor) * vae.config.scaling_factor  # (B, n, d)
+def prior_loss(vae, dit, z, o, generator):
+    """L_FM of VAE latents z (B, n, d), with random times, noise and simulated prompts."""
+    z0 = vae.to_dit(z)
     B, n, _ = z0.shape
     t = sample_times(B, o.t_loc, o.t_scale, generator, z0.device)
     z1 = torch.randn(z0.shape, generator=generator, device=z0.device)
     prompt = simulated_prompts(B, n, dit.config.block_size, o.prompt_prob, generator, z0.device)
-    fm = flow_matching_loss(dit, z0, z1, t, prompt)
-    if not o.joint:
-        return fm, dict(fm=fm.detach())
+    return flow_matching_loss(dit, z0, z1, t, prompt)
+
+
+def frozen_loss(vae, dit, idx, o, generator):
+    """Stage 2 with a frozen VAE: L_FM alone, on latents computed without gradient.  idx (B, L) -> (loss, terms)"""
+    with torch.no_grad():
+        z = vae.encode(idx).sample(generator)
+    return prior_loss(vae, dit, z, o, generator), {}
+
+
+def joint_loss(vae, reference, dit, idx, o, generator):
+    """Stage 2 as in the paper (Eq. 2.2.3), for tokens idx (B, L): the VAE learns as well.  Returns (loss, terms).
+
+    The prior has taken the place of N(0, I) in the VAE's KL: of the two parts of KL(q || prior), the cross-entropy is
+    what L_FM stands for, the posterior's entropy remains.  KL(q || q_ref) to the frozen stage-1 encoder keeps the
+    latents from drifting away under the prior."""
+    posterior = vae.encode(idx)
+    z = posterior.sample(generator)
     with torch.no_grad():
         reference_posterior = reference.encode(idx)
     per_token = 1 / vae.config.patch_size
+    fm = prior_loss(vae, dit, z, o, generator)
     terms = dict(
         fm=fm,
         reconstruction=token_cross_entropy(vae.decode(z), idx),
@@ -102,8 +115,8 @@ def stage2_loss(vae, reference, dit, idx, o, generator):
         mask=masked_view_loss(vae, idx, o.mask_ratio, generator) if o.mask_weight > 0 else torch.zeros_like(fm),
         ref=posterior.kl(reference_posterior).mean() * per_token,
     )
-    vae_loss = terms["reconstruction"] - o.beta * terms["entropy"] + o.mask_weight * terms["mask"]
-    loss = o.vae_weight * vae_loss + o.fm_weight * fm + o.ref_weight * terms["ref"]
+    vae_terms = terms["reconstruction"] - o.beta * terms["entropy"] + o.mask_weight * terms["mask"]
+    loss = o.vae_weight * vae_terms + o.fm_weight * fm + o.ref_weight * terms["ref"]
     return loss, {name: value.detach() for name, value in terms.items()}
 
 
@@ -122,45 +135,48 @@ def main():
     amp = common.autocast(device, o.precision)
 
     # The VAE, and text in its tokens.
-    source = run.folder if run.state else Path(o.vae)
+    source = run.folder if o.resume else Path(o.vae)
     vae = load_vae(source, device)
-    tokenizer = find_tokenizer(source)
+    tokenizer = find_tokenizer(source, vae.config.vocab_size)
     if tokenizer is None:
         raise ValueError(f"{source} has no tokenizer.json")
+    sizes = {name: value for name, value in asdict(o).items() if name in DiTConfig.__dataclass_fields__}
+    config = DiTConfig(**sizes | dict(latent_dim=vae.config.latent_dim, block_size=vae.config.block_size))
+    data.check_shape(o.batch_size, o.passes, o.seq_len, vae.config)
     data.save_tokenizer(tokenizer, run.folder / "tokenizer.json")
-    corpus = open_corpus(o, run, tokenizer)
-    data.check_length(corpus, o.batch_size, o.seq_len, vae.config.block_size * vae.config.patch_size)
+    corpus = open_corpus(o, run.folder, tokenizer)
+    data.check_length(corpus, o.batch_size, o.seq_len)
 
-    # Prior, optimizer, moving average; new or as they were.
+    # What is trained, its optimizer and its moving average; new or as they were.
     torch.manual_seed(o.seed)
-    shape = {name: value for name, value in asdict(o).items() if name in DiTConfig.__dataclass_fields__}
-    shape |= dict(latent_dim=vae.config.latent_dim, block_size=vae.config.block_size)
-    dit = DiT(DiTConfig(**shape)).to(device)
-    check_fit(vae.config, dit.config)
-    reference = copy.deepcopy(vae).requires_grad_(False) if o.joint else None
+    dit = DiT(config).to(device)
+    reference = copy.deepcopy(vae).requires_grad_(False) if o.joint else vae
     vae.requires_grad_(o.joint)
-    optimizer = common.make_optimizer([(dit, 1.0)] + ([(vae, o.vae_lr_ratio)] if o.joint else []), o.weight_decay)
-    ema = {name: value.clone() for name, value in dit.state_dict().items()}
+    trained = nn.ModuleDict(dict(dit=dit, vae=vae) if o.joint else dict(dit=dit))
+    lr_ratios = dict(dit=1.0, vae=o.vae_lr_ratio)
+    optimizer = common.make_optimizer([(part, lr_ratios[name]) for name, part in trained.items()], o.weight_decay)
+    ema = copy.deepcopy(trained.state_dict())
     first_step = 0
-    if run.state:
-        vae.load_state_dict(run.state["vae"])
-        if o.joint:
-            reference.load_state_dict(run.state["reference"])
-        dit.load_state_dict(run.state["dit"])
-        ema = {name: value.to(device) for name, value in run.state["ema"].items()}
-        optimizer.load_state_dict(run.state["optimizer"])
-        first_step = run.state["step"]
+    if o.resume:
+        state = run.load()
+        trained.load_state_dict(state["trained"])
+        reference.load_state_dict(state["reference"])
+        optimizer.load_state_dict(state["optimizer"])
+        ema = {name: value.to(device) for name, value in state["ema"].items()}
+        first_step = state["step"]
     n_params = sum(p.numel() for p in dit.parameters())
     print(f"{len(corpus.train):,} training tokens; prior of {n_params:,} parameters on {device}")
 
-    def save(step):
-        save_vae(vae, run.folder)
-        save_dit(dit, run.folder, ema)
-        state = dict(reference=reference.state_dict()) if o.joint else {}
-        state |= dict(vae=vae.state_dict(), dit=dit.state_dict(), ema=ema, optimizer=optimizer.state_dict())
-        run.save(step, **state)
+    def averaged(part):
+        return {name.removeprefix(part): value for name, value in ema.items() if name.startswith(part)}
 
-    if not run.state:
+    def save(step):
+        state = dict(trained=trained.state_dict(), reference=reference.state_dict(), ema=ema)
+        run.save(step, **state, optimizer=optimizer.state_dict())
+        save_dit(dit, run.folder, averaged("dit."))
+        save_vae(vae, run.folder, averaged("vae."))
+
+    if not o.resume:
         save(0)  # from here on --resume finds something
     tokens_per_step = o.batch_size * o.seq_len
     bar = tqdm(total=o.steps * tokens_per_step, initial=first_step * tokens_per_step, unit="tok", unit_scale=True)
@@ -168,42 +184,48 @@ def main():
         idx = data.random_batch(corpus.train, o.batch_size, o.seq_len, o.seed, step).to(device)  # (B, L)
         lr = common.learning_rate(step, o.steps, o.warmup, o.lr, o.final_lr)
         generator = common.step_generator(o.seed, step, device)
-        with amp:
-            loss, terms = stage2_loss(vae, reference, dit, idx, o, generator)
-        common.optimizer_step(optimizer, loss, lr, o.clip)
-        update_ema(ema, dit, o.ema, step)
+        for part in idx.chunk(o.passes):
+            with amp:
+                if o.joint:
+                    loss, terms = joint_loss(vae, reference, dit, part, o, generator)
+                else:
+                    loss, terms = frozen_loss(vae, dit, part, o, generator)
+            (loss / o.passes).backward()
+        common.optimizer_step(optimizer, lr, o.clip)
+        update_ema(ema, trained, o.ema, step)
 
         bar.update(tokens_per_step)
         if (step + 1) % o.log_every == 0 or step + 1 == o.steps:
-            run.record(bar, step + 1, lr, dict(loss=loss, **terms))
+            run.record(bar, step + 1, lr, dict(loss=loss.detach(), **terms))
         if (step + 1) % o.save_every == 0 or step + 1 == o.steps:
             save(step + 1)
     bar.close()
 
-    dit.load_state_dict(ema)
-    held_out = data.even_batch(corpus.val, 128, o.seq_len).to(device)
-    with torch.no_grad():
-        o.joint = False
-        loss, _ = stage2_loss(vae, None, dit, held_out, o, common.step_generator(o.seed, 0, device))
+    trained.load_state_dict(ema)
+    held_out = data.even_batch(corpus.val, EVAL_SEQUENCES, o.seq_len).to(device)
+    generator = common.step_generator(o.seed, 0, device)
+    with torch.no_grad(), amp:
+        parts = held_out.split(max(o.batch_size // o.passes, 1))
+        loss = sum(frozen_loss(vae, dit, part, o, generator)[0] * len(part) for part in parts) / len(held_out)
     print(f"flow-matching loss on {held_out.numel():,} held-out tokens: {loss.item():.4f}")
     print(f"the model is in {run.folder}; next: python sample.py --model {run.folder}")
 
 
-def open_corpus(o, run, tokenizer):
+def open_corpus(o, run_folder, tokenizer):
     """The corpus in the VAE's tokens: that of its own run, one made by data.py, or text tokenized now."""
     given = [path for path in o.data if path]
-    folder = run.folder / "data"
     if not given:
         folder = Path(o.vae) / "data"
         if not data.is_prepared(folder):
             raise ValueError(f"{o.vae} has no text of its own: name some with --data")
     elif len(given) == 1 and data.is_prepared(given[0]):
         folder = Path(given[0])
-    elif not run.state:
-        data.prepare(given, str(run.folder / "tokenizer.json"), 0, folder)
+    else:
+        folder = run_folder / "data"
+        if not o.resume:
+            data.prepare(given, str(run_folder / "tokenizer.json"), 0, folder)
     corpus = data.open_tokens(folder)
-    if data.spelling(corpus.tokenizer) != data.spelling(tokenizer):
-        raise ValueError(f"the text in {folder} was tokenized differently from the VAE {o.vae}")
+    data.check_same(corpus.tokenizer, tokenizer)
     return corpus
 
 

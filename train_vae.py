@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 import common
 import data
-from cola import save_vae
+from cola import find_tokenizer, save_vae
 from common import option
 from vae import TextVAE, VAEConfig, token_accuracy, vae_loss
 
@@ -28,9 +28,9 @@ class Options:
     dim: int = option(192, "width", low=2)
     ffn_dim: int = option(768, "width of the feed-forward layer before SwiGLU halves it", low=2)
     n_head: int = option(3, "attention heads", low=1)
-    n_encoder_layer: int = option(2, "encoder blocks", low=0)
-    n_decoder_layer: int = option(2, "decoder blocks", low=0)
-    latent_dim: int = option(16, "channels of a latent", low=1)
+    n_encoder_layer: int = option(2, "encoder blocks", low=1)
+    n_decoder_layer: int = option(2, "decoder blocks", low=1)
+    latent_dim: int = option(16, "channels of a latent", low=2)
     patch_size: int = option(1, "tokens per latent", low=1)
     block_size: int = option(8, "latents per block, the unit of generation", low=1)
     # objective
@@ -40,12 +40,13 @@ class Options:
     # optimization
     steps: int = option(600, "training steps", low=1)
     batch_size: int = option(16, "sequences per step", low=1)
+    passes: int = option(1, "passes per step, each with its share of the batch: less memory", low=1)
     seq_len: int = option(128, "tokens per sequence", low=1)
     lr: float = option(2e-3, "peak learning rate", low=0.0)
     final_lr: float = option(1e-4, "learning rate at the end of the cosine", low=0.0)
     warmup: int = option(30, "steps of linear warm-up", low=0)
     weight_decay: float = option(0.01, "AdamW weight decay of matrices", low=0.0)
-    clip: float = option(1.0, "largest norm of the gradient", low=0.0)
+    clip: float = option(1.0, "largest norm of the gradient; 0: any", low=0.0)
     # run
     out: str = option("runs/vae", "folder of the run and of the trained VAE")
     resume: bool = option(False, "continue the run in that folder")
@@ -56,12 +57,15 @@ class Options:
     precision: str = option("auto", "of matrix products; weights stay fp32", choices=("auto", "fp32", "bf16"))
 
 
-PRESETS = {
+PRESETS = {  # "small" is what stands above
     "2b": dict(
         tokenizer="cl100k_base", dim=1536, ffn_dim=6144, n_head=12, n_encoder_layer=4, n_decoder_layer=4, block_size=16,
-        steps=200_000, batch_size=1408, seq_len=512, lr=1.5e-4, final_lr=1e-5, warmup=5000, save_every=1000,
+        steps=200_000, batch_size=1408, passes=88, seq_len=512, lr=1.5e-4, final_lr=1e-5, warmup=5000, save_every=1000,
     ),
 }  # fmt: skip
+
+
+EVAL_SEQUENCES = 128  # held-out sequences behind the figure at the end
 
 
 def main():
@@ -71,34 +75,41 @@ def main():
     amp = common.autocast(device, o.precision)
 
     # Text, tokens, tokenizer.
+    sizes = {name: value for name, value in asdict(o).items() if name in VAEConfig.__dataclass_fields__}
+    config = VAEConfig(**sizes)
+    data.check_shape(o.batch_size, o.passes, o.seq_len, config)
     if len(o.data) == 1 and data.is_prepared(o.data[0]):
         corpus = data.open_tokens(o.data[0])
-    elif run.state:
+    elif o.resume:
         corpus = data.open_tokens(run.folder / "data")
     else:
         corpus = data.prepare(o.data, o.tokenizer, o.vocab_size, run.folder / "data")
-    data.check_length(corpus, o.batch_size, o.seq_len, o.block_size * o.patch_size)
-    data.save_tokenizer(corpus.tokenizer, run.folder / "tokenizer.json")
+    data.check_length(corpus, o.batch_size, o.seq_len)
+    config.vocab_size = corpus.tokenizer.n_vocab
+    if o.resume:
+        data.check_same(corpus.tokenizer, find_tokenizer(run.folder, config.vocab_size))
+    else:
+        data.save_tokenizer(corpus.tokenizer, run.folder / "tokenizer.json")
 
     # Model and optimizer, new or as they were.
     torch.manual_seed(o.seed)
-    shape = {name: value for name, value in asdict(o).items() if name in VAEConfig.__dataclass_fields__}
-    vae = TextVAE(VAEConfig(**shape | dict(vocab_size=corpus.tokenizer.n_vocab))).to(device)
+    vae = TextVAE(config).to(device)
     optimizer = common.make_optimizer([(vae, 1.0)], o.weight_decay)
     first_step = 0
-    if run.state:
-        vae.load_state_dict(run.state["vae"])
-        optimizer.load_state_dict(run.state["optimizer"])
-        first_step = run.state["step"]
+    if o.resume:
+        state = run.load()
+        vae.load_state_dict(state["vae"])
+        optimizer.load_state_dict(state["optimizer"])
+        first_step = state["step"]
     n_params = sum(p.numel() for p in vae.parameters())
     print(f"{len(corpus.train):,} training tokens of {vae.config.vocab_size:,} ids")
     print(f"VAE of {n_params:,} parameters on {device}")
 
     def save(step):
-        save_vae(vae, run.folder)
         run.save(step, vae=vae.state_dict(), optimizer=optimizer.state_dict())
+        save_vae(vae, run.folder)
 
-    if not run.state:
+    if not o.resume:
         save(0)  # from here on --resume finds something
     tokens_per_step = o.batch_size * o.seq_len
     bar = tqdm(total=o.steps * tokens_per_step, initial=first_step * tokens_per_step, unit="tok", unit_scale=True)
@@ -106,9 +117,11 @@ def main():
         idx = data.random_batch(corpus.train, o.batch_size, o.seq_len, o.seed, step).to(device)  # (B, L)
         lr = common.learning_rate(step, o.steps, o.warmup, o.lr, o.final_lr)
         generator = common.step_generator(o.seed, step, device)
-        with amp:
-            loss, terms = vae_loss(vae, idx, o.beta, o.mask_weight, o.mask_ratio, generator)
-        common.optimizer_step(optimizer, loss, lr, o.clip)
+        for part in idx.chunk(o.passes):
+            with amp:
+                loss, terms = vae_loss(vae, part, o.beta, o.mask_weight, o.mask_ratio, generator)
+            (loss / o.passes).backward()
+        common.optimizer_step(optimizer, lr, o.clip)
 
         bar.update(tokens_per_step)
         if (step + 1) % o.log_every == 0 or step + 1 == o.steps:
@@ -117,10 +130,13 @@ def main():
             save(step + 1)
     bar.close()
 
-    vae.eval()
-    held_out = data.even_batch(corpus.val, 128, o.seq_len).to(device)
-    print(f"reconstruction: {100 * token_accuracy(vae, held_out):.2f} % of {held_out.numel():,} held-out tokens")
-    print(f"the VAE is in {run.folder}; next: python train_prior.py --vae {run.folder}")
+    held_out = data.even_batch(corpus.val, EVAL_SEQUENCES, o.seq_len).to(device)
+    parts = held_out.split(max(o.batch_size // o.passes, 1))
+    accuracy = sum(token_accuracy(vae, part) * len(part) for part in parts) / len(held_out)
+    print(f"reconstruction: {100 * accuracy:.2f} % of {held_out.numel():,} held-out tokens")
+    own_text = (run.folder / "data").exists()
+    text = "" if own_text else f" --data {o.data[0]}"
+    print(f"the VAE is in {run.folder}; next: python train_prior.py --vae {run.folder}{text}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ Also here, because this is the first file that needs them: the attention mask, t
 call that the DiT shares.  Parameter names are those of the released checkpoint, so a state_dict needs no translation.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
@@ -48,10 +48,21 @@ class VAEConfig:
     init_std: float = 0.02
 
     def __post_init__(self):
+        check_sizes(self)
         if self.dim % (2 * self.n_head):
             raise ValueError(f"dim {self.dim} must be a multiple of 2 * n_head = {2 * self.n_head}")
         if self.ffn_dim % 2:
             raise ValueError(f"ffn_dim {self.ffn_dim} must be even: SwiGLU splits it in two")
+
+
+def check_sizes(config):
+    """Raises ValueError unless every value of a configuration has the type of its default and counts are positive."""
+    for field in fields(config):
+        value, wanted = getattr(config, field.name), type(field.default)
+        if type(value) is not wanted and not (wanted is float and type(value) is int):
+            raise ValueError(f"{field.name} {value!r} must be of type {wanted.__name__}")
+        if wanted is int and value < 1:
+            raise ValueError(f"{field.name} {value} must be at least 1")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -111,8 +122,8 @@ class KVCache:
             self.v[layer, :, :, pos[0, 0] : end] = v
         else:
             rows = torch.arange(len(pos))[:, None]
-            self.k[layer][rows, :, pos] = k.transpose(1, 2)
-            self.v[layer][rows, :, pos] = v.transpose(1, 2)
+            self.k[layer][rows, :, pos] = k.transpose(1, 2).to(self.k.dtype)
+            self.v[layer][rows, :, pos] = v.transpose(1, 2).to(self.v.dtype)
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
     def commit(self, n):
@@ -188,7 +199,7 @@ class Posterior:
         return 0.5 * (ratio - 1.0 + logvar - self.logvar).sum(-1)
 
     def entropy(self):
-        """Differential entropy in nats per latent, -E[log q(z0 | x)].  (B, n)"""
+        """Differential entropy in nats per latent, -E[log q(z0 | x)]; 0, a dropped term, without variance.  (B, n)"""
         if self.logvar is None:
             return torch.zeros_like(self.mu[..., 0])
         log_2pi_e = 2.8378770664093453
@@ -225,8 +236,10 @@ class VAEBlock(nn.Module):
         return self.ffn_out(F.silu(gate) * value)
 
     def forward(self, x, *attention_args):
-        """x (B, L, C).  With post_norm the two branches differ: attention reads the raw stream while the stream itself
-        is normalised; the feed-forward branch has its output normalised."""
+        """x (B, L, C); attention_args: rope, pos, mask, cache.
+
+        With post_norm the two branches differ: attention reads the raw stream while the stream itself is normalised;
+        the feed-forward branch has its output normalised."""
         if self.post_norm:
             x = self.norm_attn(x) + self.attention(x, *attention_args)
             return x + self.norm_ffn(self.ffn(x))
@@ -294,13 +307,17 @@ class TextVAE(nn.Module):
         x = self.encoder.wte(idx)  # (B, L, C)
         x = self.encoder.patch_embedder(x.transpose(1, 2)).transpose(1, 2)  # (B, n, C)
         x = self.transform(x, self.encoder.blocks)
-        x = self.encoder.final_layer(x).float()  # (B, n, 2d): a posterior in half precision would lose the KL
+        x = self.encoder.final_layer(x).float()  # (B, n, 2d); from here on in fp32, whatever the precision before
         if not c.use_variation:
             return Posterior(F.layer_norm(x, (c.latent_dim,), eps=c.norm_eps))
         mu, logvar = x.chunk(2, dim=-1)
         if c.encoder_last_ln:
             mu = F.layer_norm(mu, (c.latent_dim,), eps=c.norm_eps)
         return Posterior(mu, logvar.clamp(-30.0, 20.0))
+
+    def to_dit(self, z):
+        """A latent of this VAE in the units of the DiT."""
+        return (z - self.config.shifting_factor) * self.config.scaling_factor
 
     def decode(self, z, cache=None):
         """z (B, n, d) latents -> logits (B, n*p, V).  With a cache, z continues the history held there."""

@@ -115,10 +115,10 @@ def test_drawn_tokens_follow_the_distribution():
 
 def test_patches_of_two_tokens():
     model = ColaDLM(small_vae(patch_size=2), small_dit())
-    prompts = [[1, 2, 3], [4] * 8, []]  # an odd prompt: its last latent is half padding
+    prompts = [[1, 2, 3], [4] * 8, [], [1] * 7]  # odd ones: their last latent is half padding
     options = dict(max_new_tokens=10, steps=2)
     together = model.generate(prompts, **options)
-    assert [len(row) for row in together] == [10, 10, 10]
+    assert [len(row) for row in together] == [10] * 4
     assert together == [model.generate([p], seed=1000 * i, **options)[0] for i, p in enumerate(prompts)]
 
 
@@ -138,6 +138,7 @@ def test_rounded_time_is_an_option(model, monkeypatch):
         (dict(solver="rk4"), "solver rk4 is out of range"),
         (dict(pad_id=V), f"token id {V} is outside the vocabulary"),
         (dict(noise=torch.zeros(1, 2, BLOCK, d)), "noise must be"),
+        (dict(noise=torch.zeros(0, 1, BLOCK, d)), "noise must be"),
     ],
 )
 def test_options_out_of_range(model, options, message):
@@ -150,6 +151,8 @@ def test_bad_prompts(model):
         model.generate([[0, -1]])
     with pytest.raises(ValueError, match="no tokenizer.json"):
         model.generate(["text"])
+    with pytest.raises(ValueError, match="prompts must be a list"):
+        model.generate("text")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -184,6 +187,9 @@ def test_sharded_files(folder):
     (part / "model.safetensors.index.json").write_text(json.dumps(dict(metadata={}, weight_map=index)))
     loaded = ColaDLM.from_pretrained(folder).state_dict()
     assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+    ColaDLM.from_pretrained(folder).save_pretrained(folder)  # one file again: the index must not win over it
+    assert not (part / "model.safetensors.index.json").exists()
+    (part / "model.safetensors.index.json").write_text(json.dumps(dict(metadata={}, weight_map=index)))
     (part / file).unlink()
     with pytest.raises(FileNotFoundError, match="the index names it"):
         ColaDLM.from_pretrained(folder)
@@ -223,9 +229,17 @@ def test_damaged_files(folder):
         with pytest.raises(ValueError, match="damaged or truncated"):
             ColaDLM.from_pretrained(folder)
     file.write_bytes(whole)
-    (folder / "cola_vae" / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="not valid JSON"):
-        ColaDLM.from_pretrained(folder)
+    config = folder / "cola_vae" / "config.json"
+    good = json.loads(config.read_text())
+    for content, message in [
+        ("{", "not valid JSON"),
+        ("[]", "not a JSON object"),
+        (json.dumps(good | dict(num_heads=0)), "n_head 0 must be at least 1"),
+        (json.dumps(good | dict(dim=32.0)), "dim 32.0 must be of type int"),
+    ]:
+        config.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            ColaDLM.from_pretrained(folder)
     shutil.rmtree(folder / "cola_vae")
     with pytest.raises(FileNotFoundError, match="is this a model folder"):
         ColaDLM.from_pretrained(folder)
@@ -236,6 +250,12 @@ def test_a_vae_and_a_prior_that_do_not_fit():
         ColaDLM(small_vae(), small_dit(block_size=8))
     with pytest.raises(ValueError, match="do not fit together: latent_dim"):
         ColaDLM(small_vae(latent_dim=4), small_dit())
+
+
+def test_a_tokenizer_larger_than_the_vocabulary(folder):
+    data.save_tokenizer(data.train_bpe(["abcabc abab"], 300), folder / "tokenizer.json")
+    with pytest.raises(ValueError, match="has 2[56][0-9] ids, the model 258"):
+        ColaDLM.from_pretrained(folder)
 
 
 def test_tokenizer_is_found_one_folder_up(speaking_model, tmp_path):

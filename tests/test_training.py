@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 import common
+import data
 import train_prior
 import train_vae
 from cola import ColaDLM
 from dit import DiT, DiTConfig
 from flow import flow_matching_loss, sample_times, simulated_prompts
-from vae import TextVAE, VAEConfig, token_accuracy, vae_loss
+from vae import TextVAE, VAEConfig, token_accuracy, token_cross_entropy, vae_loss
 
 ROOT = Path(__file__).parent.parent
 VAE_SIZE = "--dim 32 --ffn-dim 64 --n-head 2 --n-encoder-layer 1 --n-decoder-layer 1 --latent-dim 4 --block-size 4"
@@ -34,7 +35,8 @@ def test_one_batch_is_learned_until_sampling_gives_it_back():
     optimizer = common.make_optimizer([(vae, 1.0)], 0.0)
     for step in range(150):
         loss, _ = vae_loss(vae, idx, 1e-3, 0.1, 0.1, common.step_generator(0, step, "cpu"))
-        common.optimizer_step(optimizer, loss, 3e-3, 1.0)
+        loss.backward()
+        common.optimizer_step(optimizer, 3e-3, 1.0)
     assert token_accuracy(vae, idx) == 1.0
 
     dit, steps = DiT(DiTConfig(d, 128, 2, 64, 48, 2, 4, block)), 600
@@ -46,7 +48,8 @@ def test_one_batch_is_learned_until_sampling_gives_it_back():
             z0 = vae.encode(rows).sample(generator)
         z1, t = torch.randn(z0.shape, generator=generator), sample_times(len(z0), 1.0, 1.0, generator)
         loss = flow_matching_loss(dit, z0, z1, t, simulated_prompts(len(z0), L, block, 0.3, generator))
-        common.optimizer_step(optimizer, loss, common.learning_rate(step, steps, 20, 3e-3, 1e-5), 1.0)
+        loss.backward()
+        common.optimizer_step(optimizer, common.learning_rate(step, steps, 20, 3e-3, 1e-5), 1.0)
 
     model, texts = ColaDLM(vae, dit), idx.tolist()
     for cut in (block, block + 1, 2 * block - 1):
@@ -107,8 +110,8 @@ def test_run_folders_hold_what_they_should(trained):
         assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
         state = torch.load(trained / folder / "training.pt")
         saved = load_file(trained / folder / "cola_dit" / "model.safetensors")
-        assert torch.equal(saved["txt_in.proj.weight"], state["ema"]["txt_in.proj.weight"])
-        assert not torch.equal(state["dit"]["txt_in.proj.weight"], state["ema"]["txt_in.proj.weight"])
+        assert torch.equal(saved["txt_in.proj.weight"], state["ema"]["dit.txt_in.proj.weight"])
+        assert not torch.equal(state["trained"]["dit.txt_in.proj.weight"], state["ema"]["dit.txt_in.proj.weight"])
 
 
 def weights(folder, part):
@@ -151,6 +154,45 @@ def test_a_resumed_run_equals_an_uninterrupted_one(trained, text, tmp_path, monk
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
+def test_resuming_needs_the_same_text(trained, text, tmp_path, monkeypatch):
+    """Token files that changed under a run would give its ids another meaning."""
+    for size in (280, 290):
+        call(data.main, f"--data {text} --vocab-size {size} --out tokens{size}", monkeypatch, tmp_path)
+    call(train_vae.main, f"--data tokens280 {VAE_SIZE} {COMMON} --steps 2 --out out", monkeypatch, tmp_path)
+    (tmp_path / "tokens280").rename(tmp_path / "old")
+    (tmp_path / "tokens290").rename(tmp_path / "tokens280")
+    with pytest.raises(ValueError, match="tokenize"):
+        call(train_vae.main, "--resume --out out", monkeypatch, tmp_path)
+
+
+def test_prepared_text_through_both_stages(text, tmp_path, monkeypatch, capsys):
+    call(data.main, f"--data {text} --vocab-size 280 --out tokens", monkeypatch, tmp_path)
+    call(train_vae.main, f"--data tokens {VAE_SIZE} {COMMON} --steps 2", monkeypatch, tmp_path)
+    following = capsys.readouterr().out.strip().rsplit("python train_prior.py ")[-1]
+    assert following == "--vae runs/vae --data tokens"
+    call(train_prior.main, f"{following} {PRIOR_SIZE} {COMMON} --steps 2", monkeypatch, tmp_path)
+
+
+def test_passes_add_up_to_the_whole_batch(text, tmp_path, monkeypatch):
+    """With a loss that draws nothing at random, one step in four passes is one step in one pass."""
+
+    def reconstruction_of_mu(vae, idx, *args):
+        return token_cross_entropy(vae.decode(vae.encode(idx).mu), idx), {}
+
+    monkeypatch.setattr(train_vae, "vae_loss", reconstruction_of_mu)
+    start = f"--data {text} --vocab-size 300 {VAE_SIZE} {COMMON} --steps 1 --warmup 0"
+    for passes in (1, 4):
+        call(train_vae.main, f"{start} --passes {passes} --out passes{passes}", monkeypatch, tmp_path)
+    one, four = (weights(tmp_path / f"passes{n}", "cola_vae") for n in (1, 4))
+    difference = torch.cat([(one[name] - four[name]).flatten() for name in one]).abs()
+    assert difference.mean() < 1e-6  # a step moves every weight by about lr = 2e-3
+
+
+def test_options_with_several_values():
+    options, given = common.parse_options(train_vae.Options, "", argv=["--data", "a", "b"])
+    assert options.data == ("a", "b") and given == {"data"}
+
+
 @pytest.mark.parametrize("script", ["train_vae.py", "train_prior.py", "sample.py", "data.py"])
 def test_help_lists_every_option_with_its_default(script, tmp_path):
     done = run(script, "--help", tmp_path)
@@ -167,6 +209,11 @@ def test_help_lists_every_option_with_its_default(script, tmp_path):
     [
         ("train_vae.py", "--steps 0", "--steps 0 is out of range: it must be at least 1"),
         ("train_vae.py", "--lr nan", "--lr nan is out of range"),
+        ("train_vae.py", "--t-loc 1", "unrecognized arguments: --t-loc"),
+        ("train_prior.py", "--t-loc inf", "--t-loc inf is out of range: it must be a finite number"),
+        ("train_prior.py", "--ema 2", "--ema 2.0 is out of range: it must be between 0.0 and 1.0"),
+        ("train_prior.py", "--vae {trained}/runs/vae --passes 3", "--batch-size 16 must be a multiple of --passes 3"),
+        ("train_vae.py", "--out {trained}/runs/cola --resume", "holds a run of another script"),
         ("train_vae.py", "--stepz 5", "unrecognized arguments: --stepz"),
         ("train_vae.py", "--mask-ratio 1.5", "it must be between 0.0 and 1.0"),
         ("train_vae.py", "--data nowhere.txt", "nowhere.txt does not exist"),
@@ -180,7 +227,7 @@ def test_help_lists_every_option_with_its_default(script, tmp_path):
         ("train_prior.py", "--vae nowhere", "nowhere/cola_vae/config.json does not exist"),
         ("train_prior.py", "--vae {trained}/runs/vae --out {trained}/runs/cola", "already holds a run"),
         ("train_prior.py", "--vae {trained}/runs/vae --rope-dim 7", "rope_dim 7 must be even"),
-        ("train_prior.py", "--vae {trained}/runs/vae --data {text}/tokens", "was tokenized differently from the VAE"),
+        ("train_prior.py", "--vae {trained}/runs/vae --data {text}/tokens", "the text was tokenized differently"),
         ("sample.py", "--model nowhere", "nowhere/cola_vae/config.json does not exist"),
         ("sample.py", "--model {trained}/runs/cola --top-p 2", "--top-p 2.0 is out of range"),
         ("sample.py", "--solver rk4", "invalid choice: 'rk4'"),
@@ -225,7 +272,7 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path):
 
 
 def test_learning_rate():
-    rates = [common.learning_rate(step, 100, 10, 1.0, 0.1) for step in range(101)]
+    rates = [common.learning_rate(step, 101, 10, 1.0, 0.1) for step in range(101)]
     assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0 and rates[100] == pytest.approx(0.1)
     assert all(a > b for a, b in pairwise(rates[10:]))
     assert rates[55] == pytest.approx(0.55)  # half of the cosine
@@ -238,7 +285,8 @@ def test_optimizer_groups():
     assert all(p.dim() > 1 for p in decayed) and all(p.dim() == 1 for p in not_decayed)
     assert sum(p.numel() for p in decayed + not_decayed) == sum(p.numel() for p in vae.parameters())
     loss, _ = vae_loss(vae, torch.zeros(1, 4, dtype=torch.long), 0.1, 0.0, 0.0)
-    common.optimizer_step(optimizer, loss, 1e-3, 1.0)
+    loss.backward()
+    common.optimizer_step(optimizer, 1e-3, 1.0)
     assert [group["lr"] for group in optimizer.param_groups] == [5e-4, 5e-4]
 
 
