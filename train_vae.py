@@ -38,7 +38,7 @@ class Options:
     mask_weight: float = option(0.5, "weight of the masked-view loss", low=0.0)
     mask_ratio: float = option(0.2, "share of tokens masked in that view", low=0.0, high=1.0)
     # optimization
-    steps: int = option(600, "training steps", low=1)
+    steps: int = option(300, "training steps", low=1)
     batch_size: int = option(16, "sequences per step", low=1)
     passes: int = option(1, "passes per step, each with its share of the batch: less memory", low=1)
     seq_len: int = option(128, "tokens per sequence", low=1)
@@ -50,7 +50,7 @@ class Options:
     # run
     out: str = option("runs/vae", "folder of the run and of the trained VAE")
     resume: bool = option(False, "continue the run in that folder")
-    save_every: int = option(200, "steps between checkpoints", low=1)
+    save_every: int = option(100, "steps between checkpoints", low=1)
     log_every: int = option(10, "steps between rows of log.jsonl", low=1)
     seed: int = option(0, "seed of weights, batches and noise", low=0)
     device: str = option("auto", "auto, cpu, cuda, mps")
