@@ -142,7 +142,6 @@ class ColaDLM(nn.Module):
         check_options(max_new_tokens, steps, cfg_scale, solver, temperature, top_k, top_p, repetition_penalty)
         if isinstance(prompts, str):
             raise ValueError("prompts must be a list; for one text write [text]")
-        self.eval()
         c, device = self.vae.config, self.vae.decoder.in_layer.weight.device
         block_size, chunk, d = c.block_size, c.block_size * c.patch_size, c.latent_dim
         ids = [encode_prompt(self.tokenizer, p) if isinstance(p, str) else [int(i) for i in p] for p in prompts]
