@@ -13,6 +13,8 @@ Also here: the released checkpoint layout, both ways.
 import codecs
 import dataclasses
 import json
+import math
+import operator
 from pathlib import Path
 
 import torch
@@ -53,9 +55,9 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0):
 
 
 def pick_tokens(logits, uniform, temperature, top_k, top_p):
-    """Token ids (B, L) from logits (B, L, V): the largest logit at temperature 0, else a draw from the filtered
-    distribution by inverting its cumulative sum at `uniform` (B, L), numbers in [0, 1)."""
-    if temperature == 0:
+    """Token ids (B, L) from logits (B, L, V): the largest logit at temperature 0 (below 1e-5), else a draw from the
+    filtered distribution by inverting its cumulative sum at `uniform` (B, L), numbers in [0, 1)."""
+    if temperature < 1e-5:
         return logits.argmax(-1)
     cumulative = filter_logits(logits, temperature, top_k, top_p).softmax(-1).cumsum(-1)
     drawn = torch.searchsorted(cumulative, uniform[..., None] * cumulative[..., -1:], right=True)[..., 0]
@@ -93,9 +95,9 @@ class ColaDLM(nn.Module):
         """New tokens for every prompt: a list of id lists, with a str in place of each list whose prompt was a str.
 
         Takes the options of `stream`, which does the work."""
-        results = [None] * len(prompts)
+        results = []
         for pieces in self.stream(prompts, **options):
-            results = [new if old is None else old + new for old, new in zip(results, pieces, strict=True)]
+            results = [old + new for old, new in zip(results, pieces, strict=True)] if results else pieces
         return results
 
     @torch.no_grad()
@@ -139,12 +141,10 @@ class ColaDLM(nn.Module):
         with patch_size 2 the second half of an odd prompt's last latent, which was encoded with padding there, is
         decoded like a new token (or, where it ends a block, passed over).
         """
-        check_options(max_new_tokens, steps, cfg_scale, solver, temperature, top_k, top_p, repetition_penalty)
-        if isinstance(prompts, str):
-            raise ValueError("prompts must be a list; for one text write [text]")
+        check_options(max_new_tokens, steps, cfg_scale, solver, temperature, top_k, top_p, repetition_penalty, seed)
         c, device = self.vae.config, self.vae.decoder.in_layer.weight.device
         block_size, chunk, d = c.block_size, c.block_size * c.patch_size, c.latent_dim
-        ids = [encode_prompt(self.tokenizer, p) if isinstance(p, str) else [int(i) for i in p] for p in prompts]
+        ids = prompt_ids(self.tokenizer, prompts)
         pad_id = c.vocab_size - 1 if pad_id is None else pad_id
         check_ids(ids + [[pad_id]], c.vocab_size)
         if not ids:
@@ -158,6 +158,7 @@ class ColaDLM(nn.Module):
         n_slots = [max(len(row) - int(h) * c.patch_size, 0) for row, h in zip(ids, n_history, strict=True)]
         n_blocks = max(-(-(slots + max_new_tokens) // chunk) for slots in n_slots)
         if noise is not None:
+            noise = torch.as_tensor(noise)
             if noise.dim() != 4 or len(noise) == 0 or noise.shape[1:] != (B, block_size, d):
                 raise ValueError(f"noise must be (n_blocks, {B}, {block_size}, {d}), not {tuple(noise.shape)}")
             n_blocks = min(n_blocks, len(noise))
@@ -262,17 +263,32 @@ def pad_rows(ids, chunk, pad_id, device):
     return torch.tensor([row + [pad_id] * (length - len(row)) for row in ids], device=device)
 
 
+def prompt_ids(tokenizer, prompts):
+    """The token ids of each prompt.  Raises ValueError if one is neither a str nor a list of ids."""
+    if not isinstance(prompts, (list, tuple)):
+        raise ValueError(f"prompts must be a list, not {type(prompts).__name__}; for one text write [text]")
+    try:
+        return [encode_prompt(tokenizer, p) if isinstance(p, str) else [operator.index(i) for i in p] for p in prompts]
+    except TypeError:
+        raise ValueError("every prompt must be a str or a list of token ids") from None
+
+
 def check_ids(ids, vocab_size):
     for i in (i for row in ids for i in row):
         if not 0 <= i < vocab_size:
             raise ValueError(f"token id {i} is outside the vocabulary 0..{vocab_size - 1}")
 
 
-def check_options(max_new_tokens, steps, cfg_scale, solver, temperature, top_k, top_p, repetition_penalty):
+def check_options(max_new_tokens, steps, cfg_scale, solver, temperature, top_k, top_p, repetition_penalty, seed):
+    integers = dict(max_new_tokens=max_new_tokens, steps=steps, top_k=top_k, seed=seed)
+    numbers = dict(cfg_scale=cfg_scale, temperature=temperature, top_p=top_p, repetition_penalty=repetition_penalty)
+    for name, value in (integers | numbers).items():
+        if not isinstance(value, int if name in integers else (int, float)) or not math.isfinite(value):
+            raise ValueError(f"{name} {value!r} must be {'an integer' if name in integers else 'a finite number'}")
     for name, value, fine, allowed in [
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
         ("steps", steps, steps >= 1, "1 or more"),
-        ("cfg_scale", cfg_scale, cfg_scale >= 0, "0 or more"),
+        ("cfg_scale", cfg_scale, 0 <= cfg_scale <= 1000, "between 0 and 1000"),
         ("solver", solver, solver in ("euler", "heun"), "euler or heun"),
         ("temperature", temperature, temperature >= 0, "0 or more"),
         ("top_k", top_k, top_k >= 0, "0 or more"),
@@ -336,20 +352,20 @@ def load_dit(folder, device="cpu", dtype=torch.float32):
     return load_weights(DiT, config, Path(folder) / "cola_dit", device, dtype)
 
 
-def save_vae(vae, folder, state=None):
-    """Write folder/cola_vae; `state` replaces the model's own weights (their moving average, say)."""
+def save_vae(vae, folder):
+    """Write folder/cola_vae."""
     raw = to_raw(vae.config, VAE_NAMES) | VAE_FIXED
     raw |= dict(use_emb=True, dropout=0.0, attn_dropout=0.0, init_fn="normal", init_cutoff_factor=3)
     raw |= dict(model_type="cola_text_vae", architectures=["ColaTextVAEModel"])
-    save_weights(state or vae.state_dict(), raw, Path(folder) / "cola_vae")
+    save_weights(vae.state_dict(), raw, Path(folder) / "cola_vae")
 
 
-def save_dit(dit, folder, state=None):
-    """Write folder/cola_dit; `state` as in `save_vae`."""
+def save_dit(dit, folder):
+    """Write folder/cola_dit."""
     raw = to_raw(dit.config, DIT_NAMES) | DIT_FIXED
     raw["txt_in_channels"] = raw["txt_out_channels"] = raw.pop("latent_dim")
     raw |= dict(emb_dim=dit.config.dim, model_type="cola_dit", architectures=["ColaDiTModel"])
-    save_weights((state or dit.state_dict()) | rope_buffers(dit.config), raw, Path(folder) / "cola_dit")
+    save_weights(dit.state_dict() | rope_buffers(dit.config), raw, Path(folder) / "cola_dit")
 
 
 def rope_buffers(config):
@@ -389,28 +405,31 @@ def weight_files(folder):
     """{tensor name: file} of one model.safetensors or of all shards that its index names."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names = read_json(index).get("weight_map", {})
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+            raise ValueError(f"{index} has no weight_map of file names")
         return {name: folder / file for name, file in names.items()}
     file = folder / "model.safetensors"
-    if not file.exists():
-        raise FileNotFoundError(f"{file} does not exist")
     with open_weights(file) as tensors:
         return {name: file for name in tensors.keys()}  # noqa: SIM118 (not a dict)
 
 
 def open_weights(file, device="cpu"):
+    with open(file, "rb"):  # raises what says best why a file cannot be opened
+        pass
     try:
         return safe_open(file, framework="pt", device=str(device))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file} does not exist, though the index names it") from None
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged or truncated: {error}") from None
 
 
 def load_weights(cls, config, folder, device, dtype):
     """Build the model without memory, then give it the tensors of the files; names and shapes must match exactly."""
-    with torch.device("meta"):
-        model = cls(config)
+    try:
+        with torch.device("meta"):
+            model = cls(config)
+    except RuntimeError as error:  # sizes that no tensor can have
+        raise ValueError(f"{folder}: the configuration cannot be built: {error}") from None
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     optional = set(rope_buffers(config)) if cls is DiT else set()
     files = weight_files(folder)
@@ -437,15 +456,18 @@ def save_weights(state, raw_config, folder):
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
     with replacing(folder / "model.safetensors") as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+        try:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"could not write {folder}: {error}") from None
     (folder / "model.safetensors.index.json").unlink(missing_ok=True)  # shards of an older model count no more
     with replacing(folder / "config.json") as temporary:
         temporary.write_text(json.dumps(raw_config | {"dtype": "float32"}, indent=2, sort_keys=True) + "\n")
 
 
-def find_tokenizer(folder, vocab_size):
+def find_tokenizer(folder, vocab_size, required=False):
     """tokenizer.json beside the two model folders, inside one of them, or one folder up; None if there is none.
-    Raises ValueError if it has ids outside the vocabulary."""
+    Raises ValueError if it has ids outside the vocabulary, FileNotFoundError if it is required and there is none."""
     folder = Path(folder)
     for place in (folder, folder / "cola_dit", folder / "cola_vae", folder.resolve().parent):
         if (place / "tokenizer.json").exists():
@@ -453,4 +475,6 @@ def find_tokenizer(folder, vocab_size):
             if tokenizer.n_vocab > vocab_size:
                 raise ValueError(f"{place}/tokenizer.json has {tokenizer.n_vocab} ids, the model {vocab_size}")
             return tokenizer
+    if required:
+        raise FileNotFoundError(f"{folder} has no tokenizer.json")
     return None

@@ -8,11 +8,13 @@ import json
 import math
 import os
 import pickle
+import re
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Command line: one dataclass a script is the only home of its options, defaults, ranges and help
@@ -74,9 +76,20 @@ def run_script(main):
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (ValueError, OSError, RecursionError) as error:
+        fail(error)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("memory|allocate|overflow", str(error)):
+            raise
+        fail(f"not enough memory for this model, batch or length: {error}")
+
+
+def fail(message):
+    print("error:", " ".join(str(message).split())[:500], file=sys.stderr)
+    sys.exit(2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -88,8 +101,11 @@ def pick_device(name="auto"):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
-        return torch.device(name)
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise ValueError(f"device {name} is not supported, only cpu, cuda and mps")
+        torch.empty(0, device=device)
+        return device
     except (RuntimeError, AssertionError):
         raise ValueError(f"device {name} is not available on this machine") from None
 
@@ -142,6 +158,12 @@ def optimizer_step(optimizer, lr, clip):
     optimizer.zero_grad(set_to_none=True)
 
 
+def progress_bar(first_step, steps, tokens_per_step):
+    """Tokens a second, time left, and what `Run.record` adds."""
+    first, last = first_step * tokens_per_step, steps * tokens_per_step
+    return tqdm(initial=first, total=last, unit="tok", unit_scale=True)
+
+
 def step_generator(seed, step, device):
     """Random numbers of one training step: they depend on seed and step alone, so a resumed run draws the same."""
     return torch.Generator(device).manual_seed(seed * 1_000_003 + step)
@@ -164,28 +186,40 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
+def check_new(folder, advice):
+    """Raises FileExistsError if `folder` is anything but a folder without files; ValueError without a name."""
+    if not str(folder):
+        raise ValueError("--out needs the name of a folder")
+    path = Path(folder)
+    if path.exists() and (not path.is_dir() or any(not f.is_dir() for f in path.rglob("*"))):
+        raise FileExistsError(f"{path} already holds {'files' if path.is_dir() else 'a file'}: {advice}")
+
+
 class Run:
-    """The folder of one training run: options, training state (training.pt) and loss log (log.jsonl)."""
+    """The folder of one training run: options, training state (training.pt) and loss log (log.jsonl).
+
+    Nothing is written before the first `save`, so a run that cannot start leaves no trace."""
 
     def __init__(self, options, given, free=("resume", "out", "device", "save_every")):
         """With options.resume, the options come from the saved run; those given anew must agree, except `free` ones.
-        Raises FileExistsError if the folder holds another run, FileNotFoundError if there is nothing to resume."""
+        Raises FileExistsError if the folder holds anything else, FileNotFoundError if there is nothing to resume."""
         self.folder = Path(options.out)
         self.file = self.folder / "training.pt"
         self.log, self.options = [], options
         if options.resume:
-            state = self.load()
-            saved, self.log = state["options"], state["log"]
+            self.content = self.load()
+            saved, self.log = self.content["options"], self.content["log"]
             if saved.keys() != dataclasses.asdict(options).keys():
                 raise ValueError(f"{self.folder} holds a run of another script, or of another version of this one")
             for name in given - set(free):
                 if getattr(options, name) != saved[name]:
                     flag = "--" + name.replace("_", "-")
-                    raise ValueError(f"{self.folder} was started with {flag} {saved[name]}: resume it without {flag}")
+                    value = " ".join(saved[name]) if isinstance(saved[name], tuple) else saved[name]
+                    raise ValueError(f"{self.folder} was started with {flag} {value}: resume it without {flag}")
             kept = {name: value for name, value in saved.items() if name not in free}
             self.options = dataclasses.replace(options, **kept)
-        elif any((self.folder / name).exists() for name in ("training.pt", "cola_vae", "cola_dit")):
-            raise FileExistsError(f"{self.folder} already holds a run: add --resume, or choose another --out")
+        else:
+            check_new(options.out, "add --resume, or choose another --out")
 
     def record(self, bar, step, lr, terms):
         """Add a row to the log and show it on the progress bar.  terms: {name: scalar tensor}."""
@@ -196,16 +230,30 @@ class Run:
     def load(self):
         """What `save` wrote, on the CPU."""
         try:
-            return torch.load(self.file, map_location="cpu", weights_only=True)
+            content = torch.load(self.file, map_location="cpu", weights_only=True)
+            return content | dict(options=dict(content["options"]), log=list(content["log"]), step=int(content["step"]))
         except FileNotFoundError:
             raise FileNotFoundError(f"{self.file} does not exist: there is no run to resume") from None
-        except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError):
+        except (RuntimeError, EOFError, LookupError, TypeError, ValueError, pickle.UnpicklingError):
             raise ValueError(f"{self.file} is damaged or truncated") from None
 
-    def save(self, step, **state):
-        """Write state_dicts and the log; complete or not at all."""
+    def restore(self, **objects):
+        """Give every object the state that `save` wrote under its name; returns the number of steps done."""
+        for name, item in objects.items():
+            try:
+                item.load_state_dict(self.content.pop(name))
+            except (RuntimeError, LookupError, TypeError, AttributeError) as error:
+                raise ValueError(f"{self.file} does not fit this run: {name}: {error}") from None
+        return self.content["step"]
+
+    def save(self, step, **objects):
+        """Write the states of `objects` (models, optimizer) and the log; complete or not at all."""
+        content = {name: item.state_dict() for name, item in objects.items()}
+        content |= dict(step=step, options=dataclasses.asdict(self.options), log=self.log)
         with replacing(self.file) as temporary:
-            torch.save(state | dict(step=step, options=dataclasses.asdict(self.options), log=self.log), temporary)
+            try:
+                torch.save(content, temporary)
+            except RuntimeError as error:
+                raise OSError(f"could not write {self.file}: {error}") from None
         with replacing(self.folder / "log.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in self.log))
-

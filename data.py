@@ -24,7 +24,7 @@ import numpy as np
 import tiktoken
 import torch
 
-from common import option, parse_options, replacing, run_script
+from common import check_new, option, parse_options, replacing, run_script
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Documents
@@ -33,15 +33,18 @@ PIECE = 1 << 16  # characters; longer files are cut at line ends, and each piece
 
 
 def documents(source):
-    """Yield the documents of a corpus: of the text inside Python if source is ("pydoc",), else of files and folders.
+    """Yield the documents of a corpus: source is a list of files, of folders, and of "pydoc", the text inside Python.
 
     .jsonl files hold one {"text": ...} a line; every other file is one UTF-8 text; folders are searched for .txt, .md
     and .jsonl.  Nothing is held in memory but the current piece.  Raises ValueError or FileNotFoundError for what
     cannot be read."""
-    if tuple(source) == ("pydoc",):
-        yield from pydoc_documents()
-        return
-    for path in map(Path, source):
+    for name in source:
+        if name == "pydoc":
+            yield from pydoc_documents()
+            continue
+        path = Path(name)
+        if not str(name):
+            raise ValueError("the name of a text is empty")
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist")
         suffixes = (".txt", ".md", ".jsonl")
@@ -118,7 +121,8 @@ def pydoc_documents():
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 # Words with their leading space, numbers of up to three digits, punctuation, white space.  Written so that Python's re,
 # tiktoken's regex engine and that of the `tokenizers` library all read it alike.
-SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d{1,3}| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+"
+# No piece is longer than 32 characters: time grows with the square of a piece's length.
+SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]{1,32}| ?\d{1,3}| ?(?:[^\s\w]|_){1,32}|\s{1,32}(?!\S)|\s{1,32}"
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
@@ -218,13 +222,20 @@ def read_tokenizer_json(path):
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a byte-level BPE tokenizer: {type(error).__name__}: {error}") from None
     ids = [*ranks.values(), *added.values()]
+    if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+        raise ValueError(f"{path}: an id is not a number from 0 to 2^31")
+    if not pattern or not isinstance(pattern, str):
+        raise ValueError(f"{path}: the split pattern is empty")
     if len(ids) != len(set(ids)):
         raise ValueError(f"{path}: two tokens have the same id")
     if order != sorted(order) or any(bytes([b]) not in ranks for b in range(256)):
         raise ValueError(f"{path}: ids must follow the order of the merges and cover all 256 bytes")
     if END_OF_TEXT not in added:
         raise ValueError(f"{path} has no token {END_OF_TEXT}, which separates documents")
-    return tiktoken.Encoding(path.stem, pat_str=pattern, mergeable_ranks=ranks, special_tokens=added)
+    try:
+        return tiktoken.Encoding(path.stem, pat_str=pattern, mergeable_ranks=ranks, special_tokens=added)
+    except ValueError as error:
+        raise ValueError(f"{path}: the split pattern cannot be used: {error}") from None
 
 
 def split_pattern(pre_tokenizer):
@@ -311,13 +322,12 @@ HELD_OUT = 0.05  # share of the documents that no training step sees
 TOKENIZER_SAMPLE = 1 << 23  # characters that a new tokenizer is trained on
 
 
-def prepare(source, tokenizer, vocab_size, folder):
+def prepare(source, encoding, folder, batch_size=1, seq_len=1):
     """Write folder/train.bin, val.bin and tokenizer.json; the corpus streams through, whatever its size.
 
-    tokenizer: "bpe" to train one of `vocab_size` ids on the first 8 MB, else see `load_tokenizer`.
-    Documents are held out by a hash of their text, so the same text always falls on the same side."""
+    Documents are held out by a hash of their text, so the same text always falls on the same side.  Raises ValueError,
+    and writes nothing, if the text is unreadable or cannot fill a batch."""
     folder = Path(folder)
-    encoding = train_bpe(sample(documents(source)), vocab_size) if tokenizer == "bpe" else load_tokenizer(tokenizer)
     with replacing(folder / "train.bin") as train, replacing(folder / "val.bin") as val:
         with open(train, "wb") as train_file, open(val, "wb") as val_file:
             for text in documents(source):
@@ -331,11 +341,18 @@ def prepare(source, tokenizer, vocab_size, folder):
         if not HELD_OUT / 3 < n_val / n < HELD_OUT * 3:  # few documents: cut at the right place instead
             wanted = max(1, int(HELD_OUT * n))
             move_tail(train, val, wanted - n_val) if n_val < wanted else move_tail(val, train, n_val - wanted)
+            n_val = wanted
+        check_length(n - n_val, n_val, batch_size, seq_len)
         save_tokenizer(encoding, folder / "tokenizer.json")
     return open_tokens(folder)
 
 
-def sample(texts):
+def make_tokenizer(name, vocab_size, source):
+    """"bpe": one of vocab_size ids, trained on the first 8 MB of the corpus; any other name: see `load_tokenizer`."""
+    return train_bpe(first(documents(source)), vocab_size) if name == "bpe" else load_tokenizer(name)
+
+
+def first(texts):
     size = 0
     for text in texts:
         yield text
@@ -367,14 +384,15 @@ def is_prepared(folder):
 
 
 def open_tokens(folder):
-    """The Corpus in a folder that `prepare` wrote.  Reads every token once, to be sure that the vocabulary has it."""
+    """The Corpus in a folder that `prepare` wrote.  Reads every token once, to be sure that the vocabulary has it.
+    Raises ValueError for damaged files."""
     folder = Path(folder)
     tokenizer = read_tokenizer_json(folder / "tokenizer.json")
     splits = []
     for name in ("train.bin", "val.bin"):
         path = folder / name
         if not path.exists() or path.stat().st_size == 0 or path.stat().st_size % 4:
-            raise ValueError(f"{path} is missing, empty or truncated: run data.py again")
+            raise ValueError(f"{path} is missing, empty or truncated: tokenize the text again")
         tokens = np.memmap(path, dtype=np.uint32, mode="r")
         if tokens.max() >= tokenizer.n_vocab:
             raise ValueError(f"{path} holds token id {tokens.max()}, outside the vocabulary 0..{tokenizer.n_vocab - 1}")
@@ -391,10 +409,9 @@ def check_shape(batch_size, passes, seq_len, vae_config):
         raise ValueError(f"--batch-size {batch_size} must be a multiple of --passes {passes}")
 
 
-def check_length(corpus, batch_size, seq_len):
-    """Raises ValueError if the text cannot fill one batch."""
-    for name, need in [("train", batch_size * seq_len), ("val", seq_len)]:
-        have = len(getattr(corpus, name))
+def check_length(n_train, n_val, batch_size, seq_len):
+    """Raises ValueError if a text of so many tokens cannot fill one batch."""
+    for name, have, need in [("train", n_train, batch_size * seq_len), ("val", n_val, seq_len)]:
         if have < need:
             raise ValueError(
                 f"the {name} split has {have} tokens, a batch takes {need}: "
@@ -428,9 +445,8 @@ class Options:
 
 def main():
     options, _ = parse_options(Options, __doc__)
-    if is_prepared(options.out):
-        raise FileExistsError(f"{options.out} already holds token files: choose another --out")
-    corpus = prepare(options.data, options.tokenizer, options.vocab_size, options.out)
+    check_new(options.out, "choose another --out")
+    corpus = prepare(options.data, make_tokenizer(options.tokenizer, options.vocab_size, options.data), options.out)
     print(f"{len(corpus.train):,} training and {len(corpus.val):,} held-out tokens of {corpus.tokenizer.n_vocab:,} ids")
     print(f"they are in {options.out}; next: python train_vae.py --data {options.out}")
 

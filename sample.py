@@ -27,7 +27,7 @@ class Options:
     top_p: float = option(1.0, "keep the likeliest tokens of this total probability", low=0.0, high=1.0)
     repetition_penalty: float = option(1.0, "above 1: avoid tokens of earlier blocks", low=1e-6)
     stop_at_eos: bool = option(True, "end a sample where the model ends its document")
-    seed: int = option(0, "seed of the noise", low=0)
+    seed: int = option(0, "seed of the noise", low=0, high=2**31)
     device: str = option("auto", "auto, cpu, cuda, mps")
     dtype: str = option("auto", "of the weights; auto: bf16 on CUDA, else fp32", choices=("auto", "fp32", "bf16"))
 

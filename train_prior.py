@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-from tqdm import tqdm
 
 import common
 import data
@@ -64,7 +63,7 @@ class Options:
     resume: bool = option(False, "continue the run in that folder")
     save_every: int = option(100, "steps between checkpoints", low=1)
     log_every: int = option(10, "steps between rows of log.jsonl", low=1)
-    seed: int = option(0, "seed of weights, batches and noise", low=0)
+    seed: int = option(0, "seed of weights, batches and noise", low=0, high=2**31)
     device: str = option("auto", "auto, cpu, cuda, mps")
     precision: str = option("auto", "of matrix products; weights stay fp32", choices=("auto", "fp32", "bf16"))
 
@@ -122,10 +121,10 @@ def joint_loss(vae, reference, dit, idx, o, generator):
 
 @torch.no_grad()
 def update_ema(ema, model, decay, step):
-    """ema <- decay ema + (1 - decay) model, with a shorter memory during the first steps."""
+    """ema <- decay ema + (1 - decay) model, parameter by parameter, with a shorter memory during the first steps."""
     decay = min(decay, (1 + step) / (10 + step))
-    for name, value in model.state_dict().items():
-        ema[name].lerp_(value, 1 - decay)
+    for average, value in zip(ema.parameters(), model.parameters(), strict=True):
+        average.lerp_(value, 1 - decay)
 
 
 def main():
@@ -137,15 +136,12 @@ def main():
     # The VAE, and text in its tokens.
     source = run.folder if o.resume else Path(o.vae)
     vae = load_vae(source, device)
-    tokenizer = find_tokenizer(source, vae.config.vocab_size)
-    if tokenizer is None:
-        raise ValueError(f"{source} has no tokenizer.json")
+    tokenizer = find_tokenizer(source, vae.config.vocab_size, required=True)
     sizes = {name: value for name, value in asdict(o).items() if name in DiTConfig.__dataclass_fields__}
     config = DiTConfig(**sizes | dict(latent_dim=vae.config.latent_dim, block_size=vae.config.block_size))
     data.check_shape(o.batch_size, o.passes, o.seq_len, vae.config)
-    data.save_tokenizer(tokenizer, run.folder / "tokenizer.json")
     corpus = open_corpus(o, run.folder, tokenizer)
-    data.check_length(corpus, o.batch_size, o.seq_len)
+    data.check_length(len(corpus.train), len(corpus.val), o.batch_size, o.seq_len)
 
     # What is trained, its optimizer and its moving average; new or as they were.
     torch.manual_seed(o.seed)
@@ -155,58 +151,49 @@ def main():
     trained = nn.ModuleDict(dict(dit=dit, vae=vae) if o.joint else dict(dit=dit))
     lr_ratios = dict(dit=1.0, vae=o.vae_lr_ratio)
     optimizer = common.make_optimizer([(part, lr_ratios[name]) for name, part in trained.items()], o.weight_decay)
-    ema = copy.deepcopy(trained.state_dict())
-    first_step = 0
-    if o.resume:
-        state = run.load()
-        trained.load_state_dict(state["trained"])
-        reference.load_state_dict(state["reference"])
-        optimizer.load_state_dict(state["optimizer"])
-        ema = {name: value.to(device) for name, value in state["ema"].items()}
-        first_step = state["step"]
+    ema = copy.deepcopy(trained).requires_grad_(False)
+    states = dict(trained=trained, ema=ema, reference=reference, optimizer=optimizer)
+    first_step = run.restore(**states) if o.resume else 0
     n_params = sum(p.numel() for p in dit.parameters())
     print(f"{len(corpus.train):,} training tokens; prior of {n_params:,} parameters on {device}")
 
-    def averaged(part):
-        return {name.removeprefix(part): value for name, value in ema.items() if name.startswith(part)}
-
     def save(step):
-        state = dict(trained=trained.state_dict(), reference=reference.state_dict(), ema=ema)
-        run.save(step, **state, optimizer=optimizer.state_dict())
-        save_dit(dit, run.folder, averaged("dit."))
-        save_vae(vae, run.folder, averaged("vae."))
+        run.save(step, **states)
+        save_dit(ema.dit, run.folder)
+        save_vae(ema.vae if o.joint else vae, run.folder)
+        data.save_tokenizer(tokenizer, run.folder / "tokenizer.json")
 
     if not o.resume:
         save(0)  # from here on --resume finds something
     tokens_per_step = o.batch_size * o.seq_len
-    bar = tqdm(total=o.steps * tokens_per_step, initial=first_step * tokens_per_step, unit="tok", unit_scale=True)
-    for step in range(first_step, o.steps):
-        idx = data.random_batch(corpus.train, o.batch_size, o.seq_len, o.seed, step).to(device)  # (B, L)
-        lr = common.learning_rate(step, o.steps, o.warmup, o.lr, o.final_lr)
-        generator = common.step_generator(o.seed, step, device)
-        for part in idx.chunk(o.passes):
-            with amp:
-                if o.joint:
-                    loss, terms = joint_loss(vae, reference, dit, part, o, generator)
-                else:
-                    loss, terms = frozen_loss(vae, dit, part, o, generator)
-            (loss / o.passes).backward()
-        common.optimizer_step(optimizer, lr, o.clip)
-        update_ema(ema, trained, o.ema, step)
+    with common.progress_bar(first_step, o.steps, tokens_per_step) as bar:
+        for step in range(first_step, o.steps):
+            idx = data.random_batch(corpus.train, o.batch_size, o.seq_len, o.seed, step).to(device)  # (B, L)
+            lr = common.learning_rate(step, o.steps, o.warmup, o.lr, o.final_lr)
+            generator = common.step_generator(o.seed, step, device)
+            for part in idx.chunk(o.passes):
+                with amp:
+                    if o.joint:
+                        loss, terms = joint_loss(vae, reference, dit, part, o, generator)
+                    else:
+                        loss, terms = frozen_loss(vae, dit, part, o, generator)
+                (loss / o.passes).backward()
+            common.optimizer_step(optimizer, lr, o.clip)
+            update_ema(ema, trained, o.ema, step)
 
-        bar.update(tokens_per_step)
-        if (step + 1) % o.log_every == 0 or step + 1 == o.steps:
-            run.record(bar, step + 1, lr, dict(loss=loss.detach(), **terms))
-        if (step + 1) % o.save_every == 0 or step + 1 == o.steps:
-            save(step + 1)
-    bar.close()
+            bar.update(tokens_per_step)
+            if (step + 1) % o.log_every == 0 or step + 1 == o.steps:
+                run.record(bar, step + 1, lr, dict(loss=loss.detach(), **terms))
+            if (step + 1) % o.save_every == 0 or step + 1 == o.steps:
+                save(step + 1)
 
-    trained.load_state_dict(ema)
+    if o.joint:
+        vae = ema.vae
     held_out = data.even_batch(corpus.val, EVAL_SEQUENCES, o.seq_len).to(device)
     generator = common.step_generator(o.seed, 0, device)
     with torch.no_grad(), amp:
         parts = held_out.split(max(o.batch_size // o.passes, 1))
-        loss = sum(frozen_loss(vae, dit, part, o, generator)[0] * len(part) for part in parts) / len(held_out)
+        loss = sum(frozen_loss(vae, ema.dit, part, o, generator)[0] * len(part) for part in parts) / len(held_out)
     print(f"flow-matching loss on {held_out.numel():,} held-out tokens: {loss.item():.4f}")
     print(f"the model is in {run.folder}; next: python sample.py --model {run.folder}")
 
@@ -223,7 +210,7 @@ def open_corpus(o, run_folder, tokenizer):
     else:
         folder = run_folder / "data"
         if not o.resume:
-            data.prepare(given, str(run_folder / "tokenizer.json"), 0, folder)
+            data.prepare(given, tokenizer, folder, o.batch_size, o.seq_len)
     corpus = data.open_tokens(folder)
     data.check_same(corpus.tokenizer, tokenizer)
     return corpus

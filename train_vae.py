@@ -8,7 +8,6 @@
 from dataclasses import asdict, dataclass
 
 import torch
-from tqdm import tqdm
 
 import common
 import data
@@ -52,7 +51,7 @@ class Options:
     resume: bool = option(False, "continue the run in that folder")
     save_every: int = option(100, "steps between checkpoints", low=1)
     log_every: int = option(10, "steps between rows of log.jsonl", low=1)
-    seed: int = option(0, "seed of weights, batches and noise", low=0)
+    seed: int = option(0, "seed of weights, batches and noise", low=0, high=2**31)
     device: str = option("auto", "auto, cpu, cuda, mps")
     precision: str = option("auto", "of matrix products; weights stay fp32", choices=("auto", "fp32", "bf16"))
 
@@ -83,13 +82,12 @@ def main():
     elif o.resume:
         corpus = data.open_tokens(run.folder / "data")
     else:
-        corpus = data.prepare(o.data, o.tokenizer, o.vocab_size, run.folder / "data")
-    data.check_length(corpus, o.batch_size, o.seq_len)
+        tokenizer = data.make_tokenizer(o.tokenizer, o.vocab_size, o.data)
+        corpus = data.prepare(o.data, tokenizer, run.folder / "data", o.batch_size, o.seq_len)
+    data.check_length(len(corpus.train), len(corpus.val), o.batch_size, o.seq_len)
     config.vocab_size = corpus.tokenizer.n_vocab
     if o.resume:
-        data.check_same(corpus.tokenizer, find_tokenizer(run.folder, config.vocab_size))
-    else:
-        data.save_tokenizer(corpus.tokenizer, run.folder / "tokenizer.json")
+        data.check_same(corpus.tokenizer, find_tokenizer(run.folder, config.vocab_size, required=True))
 
     # Model and optimizer, new or as they were.
     torch.manual_seed(o.seed)
@@ -97,38 +95,35 @@ def main():
     optimizer = common.make_optimizer([(vae, 1.0)], o.weight_decay)
     first_step = 0
     if o.resume:
-        state = run.load()
-        vae.load_state_dict(state["vae"])
-        optimizer.load_state_dict(state["optimizer"])
-        first_step = state["step"]
+        first_step = run.restore(vae=vae, optimizer=optimizer)
     n_params = sum(p.numel() for p in vae.parameters())
     print(f"{len(corpus.train):,} training tokens of {vae.config.vocab_size:,} ids")
     print(f"VAE of {n_params:,} parameters on {device}")
 
     def save(step):
-        run.save(step, vae=vae.state_dict(), optimizer=optimizer.state_dict())
+        run.save(step, vae=vae, optimizer=optimizer)
         save_vae(vae, run.folder)
+        data.save_tokenizer(corpus.tokenizer, run.folder / "tokenizer.json")
 
     if not o.resume:
         save(0)  # from here on --resume finds something
     tokens_per_step = o.batch_size * o.seq_len
-    bar = tqdm(total=o.steps * tokens_per_step, initial=first_step * tokens_per_step, unit="tok", unit_scale=True)
-    for step in range(first_step, o.steps):
-        idx = data.random_batch(corpus.train, o.batch_size, o.seq_len, o.seed, step).to(device)  # (B, L)
-        lr = common.learning_rate(step, o.steps, o.warmup, o.lr, o.final_lr)
-        generator = common.step_generator(o.seed, step, device)
-        for part in idx.chunk(o.passes):
-            with amp:
-                loss, terms = vae_loss(vae, part, o.beta, o.mask_weight, o.mask_ratio, generator)
-            (loss / o.passes).backward()
-        common.optimizer_step(optimizer, lr, o.clip)
+    with common.progress_bar(first_step, o.steps, tokens_per_step) as bar:
+        for step in range(first_step, o.steps):
+            idx = data.random_batch(corpus.train, o.batch_size, o.seq_len, o.seed, step).to(device)  # (B, L)
+            lr = common.learning_rate(step, o.steps, o.warmup, o.lr, o.final_lr)
+            generator = common.step_generator(o.seed, step, device)
+            for part in idx.chunk(o.passes):
+                with amp:
+                    loss, terms = vae_loss(vae, part, o.beta, o.mask_weight, o.mask_ratio, generator)
+                (loss / o.passes).backward()
+            common.optimizer_step(optimizer, lr, o.clip)
 
-        bar.update(tokens_per_step)
-        if (step + 1) % o.log_every == 0 or step + 1 == o.steps:
-            run.record(bar, step + 1, lr, dict(loss=loss, **terms))
-        if (step + 1) % o.save_every == 0 or step + 1 == o.steps:
-            save(step + 1)
-    bar.close()
+            bar.update(tokens_per_step)
+            if (step + 1) % o.log_every == 0 or step + 1 == o.steps:
+                run.record(bar, step + 1, lr, dict(loss=loss, **terms))
+            if (step + 1) % o.save_every == 0 or step + 1 == o.steps:
+                save(step + 1)
 
     held_out = data.even_batch(corpus.val, EVAL_SEQUENCES, o.seq_len).to(device)
     parts = held_out.split(max(o.batch_size // o.passes, 1))

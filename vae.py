@@ -15,6 +15,7 @@ Also here, because this is the first file that needs them: the attention mask, t
 call that the DiT shares.  Parameter names are those of the released checkpoint, so a state_dict needs no translation.
 """
 
+import math
 from dataclasses import dataclass, fields
 
 import torch
@@ -56,13 +57,15 @@ class VAEConfig:
 
 
 def check_sizes(config):
-    """Raises ValueError unless every value of a configuration has the type of its default and counts are positive."""
+    """Raises ValueError for a value that has not the type of its default, a count below 1, or a float like NaN."""
     for field in fields(config):
         value, wanted = getattr(config, field.name), type(field.default)
         if type(value) is not wanted and not (wanted is float and type(value) is int):
             raise ValueError(f"{field.name} {value!r} must be of type {wanted.__name__}")
         if wanted is int and value < 1:
             raise ValueError(f"{field.name} {value} must be at least 1")
+        if wanted is float and not (math.isfinite(value) and (value > 0 or field.name == "shifting_factor")):
+            raise ValueError(f"{field.name} {value} must be a positive number")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

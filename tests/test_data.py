@@ -14,6 +14,10 @@ TEXT = "The quick brown fox jumps over the lazy dog. " * 30
 ODD = "naïve 数据 🙂 x_1 = 12345\t\r\n  don't  <|endoftext|>\u00a0end "
 
 
+def prepare(source, vocab_size, folder):
+    return data.prepare(source, data.make_tokenizer("bpe", vocab_size, source), folder)
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return data.train_bpe([TEXT], 300)
@@ -107,14 +111,14 @@ def test_unknown_tokenizer_name():
 
 
 def test_pydoc_text_is_split_by_document(tmp_path):
-    corpus = data.prepare(("pydoc",), "bpe", 512, tmp_path)
+    corpus = prepare(["pydoc"], 512, tmp_path)
     texts = [
         {corpus.tokenizer.decode(part.tolist()) for part in np.split(tokens, np.where(tokens == eot)[0] + 1)}
         for tokens, eot in [(corpus.train, corpus.tokenizer.eot_token), (corpus.val, corpus.tokenizer.eot_token)]
     ]
     assert not (texts[0] & texts[1]) - {""}
     assert 0.02 < len(corpus.val) / len(corpus.train) < 0.1
-    everything = set(text for text in data.documents(("pydoc",)))
+    everything = set(text for text in data.documents(["pydoc"]))
     assert all(text.removesuffix(data.END_OF_TEXT) in everything for text in list(texts[1])[:50] if text)
 
 
@@ -139,7 +143,7 @@ def test_long_files_are_cut_and_nothing_is_lost(tmp_path):
 def test_prepared_tokens_hold_the_whole_text(tmp_path):
     texts = [f"document {i} says la{i % 7 * ' la'}" for i in range(400)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(dict(text=t)) + "\n" for t in texts))
-    corpus = data.prepare([tmp_path / "a.jsonl"], "bpe", 300, tmp_path / "tokens")
+    corpus = prepare([tmp_path / "a.jsonl"], 300, tmp_path / "tokens")
     both = [corpus.tokenizer.decode(tokens.tolist()) for tokens in (corpus.train, corpus.val)]
     assert sorted("".join(both).split(data.END_OF_TEXT)[:-1]) == sorted(texts)
     assert corpus.train.dtype == np.uint32 and isinstance(corpus.train, np.memmap)
@@ -154,13 +158,13 @@ def test_few_documents_are_held_out_in_part(tmp_path):
         folder.mkdir()
         for k in range(i % 3 + 1):
             (folder / f"{k}.txt").write_text(f"{i} {k} " + TEXT)
-        corpus = data.prepare([folder], "bpe", 258, folder / "tokens")
+        corpus = prepare([folder], 258, folder / "tokens")
         assert 0.01 < len(corpus.val) / (len(corpus.train) + len(corpus.val)) < 0.16
 
 
 def test_one_short_document_is_split_inside(tmp_path):
     (tmp_path / "a.txt").write_text(TEXT)
-    corpus = data.prepare([tmp_path / "a.txt"], "bpe", 258, tmp_path / "tokens")
+    corpus = prepare([tmp_path / "a.txt"], 258, tmp_path / "tokens")
     n = len(corpus.train) + len(corpus.val)
     assert n == len(TEXT) + 1 and len(corpus.val) == int(0.05 * n)
     assert corpus.tokenizer.decode(corpus.train.tolist() + corpus.val.tolist()) == TEXT + data.END_OF_TEXT
@@ -179,7 +183,7 @@ def test_one_short_document_is_split_inside(tmp_path):
 def test_unreadable_text(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        data.prepare([tmp_path / name], "bpe", 300, tmp_path / "tokens")
+        prepare([tmp_path / name], 300, tmp_path / "tokens")
     assert not (tmp_path / "tokens" / "train.bin").exists()
 
 
@@ -201,6 +205,13 @@ def test_damaged_token_files(tmp_path, tokenizer):
             data.open_tokens(tmp_path)
     good.tofile(tmp_path / "val.bin")
     data.open_tokens(tmp_path)
+
+
+def test_long_words_take_no_longer_than_others():
+    """Pieces are cut at 32 characters; as one piece, this text would take minutes."""
+    text = "a" * 300_000 + " " * 300_000 + "=" * 300_000
+    tokenizer = data.train_bpe([text], 300)
+    assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
 
 
 def test_batches():

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -219,20 +220,26 @@ def test_help_lists_every_option_with_its_default(script, tmp_path):
         ("train_vae.py", "--data nowhere.txt", "nowhere.txt does not exist"),
         ("train_vae.py", "--data {text} --batch-size 4096", "the train split has"),
         ("train_vae.py", "--data {text} --device nonsense", "device nonsense is not available"),
-        ("train_vae.py", "--out {trained}/runs/vae", "already holds a run"),
+        ("train_vae.py", "--out {trained}/runs/vae", "runs/vae already holds files: add --resume"),
+        ("train_vae.py", "--out {text} --data {text}", "already holds files"),
+        ("train_vae.py", "--out {text}/cats.txt --data {text}", "already holds a file"),
+        ("train_vae.py", "--data {text} --dim 1200000", "not enough memory"),
         ("train_vae.py", "--out new --resume", "there is no run to resume"),
         ("train_vae.py", "--out {trained}/runs/vae --resume --lr 0.5", "was started with --lr 0.002"),
         ("train_vae.py", "--data {text} --dim 33", "dim 33 must be a multiple of"),
         ("train_vae.py", "--data {text} --seq-len 30 --patch-size 4", "--seq-len 30 must be a multiple of block_size"),
         ("train_prior.py", "--vae nowhere", "nowhere/cola_vae/config.json does not exist"),
-        ("train_prior.py", "--vae {trained}/runs/vae --out {trained}/runs/cola", "already holds a run"),
+        ("train_prior.py", "--vae {trained}/runs/vae --out {trained}/runs/cola", "already holds files"),
         ("train_prior.py", "--vae {trained}/runs/vae --rope-dim 7", "rope_dim 7 must be even"),
         ("train_prior.py", "--vae {trained}/runs/vae --data {text}/tokens", "the text was tokenized differently"),
         ("sample.py", "--model nowhere", "nowhere/cola_vae/config.json does not exist"),
         ("sample.py", "--model {trained}/runs/cola --top-p 2", "--top-p 2.0 is out of range"),
+        ("sample.py", "--model {trained}/runs/cola --max-new-tokens 1000000000000", "not enough memory"),
+        ("sample.py", "--model {trained}/runs/cola --cfg-scale 1e300", "cfg_scale 1e+300 is out of range"),
+        ("sample.py", "--model {trained}/runs/cola --device hpu", "only cpu, cuda and mps"),
         ("sample.py", "--solver rk4", "invalid choice: 'rk4'"),
         ("data.py", "--data {text}/none", "none does not exist"),
-        ("data.py", "--out {text}/tokens", "already holds token files"),
+        ("data.py", "--out {text}/tokens", "already holds files"),
         ("data.py", "--tokenizer nonsense", "nonsense is neither a tokenizer.json nor one of"),
     ],
 )
@@ -260,6 +267,31 @@ def snapshot(folder):
 def test_a_mistake_in_a_real_process(tmp_path):
     done = run("sample.py", "--model nowhere", tmp_path)
     assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
+
+
+def test_a_failed_start_leaves_no_trace(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for argument in ("--batch-size 4096", "--dim 33", "--device nonsense", "--data nowhere"):
+        with pytest.raises((ValueError, OSError)):
+            call(train_vae.main, f"--data {text} {argument} --out out", monkeypatch, tmp_path)
+        assert not any(file.is_file() for file in tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize("damage", ["empty", "half", "text", "other", "tensor"])
+def test_resuming_from_a_damaged_file(trained, tmp_path, monkeypatch, damage):
+    shutil.copytree(trained / "runs" / "vae", tmp_path / "out")
+    file = tmp_path / "out" / "training.pt"
+    whole = file.read_bytes()
+    if damage == "other":
+        torch.save([1], file)
+    elif damage == "tensor":
+        content = torch.load(file)
+        content["vae"].pop("decoder.final_norm.weight")
+        torch.save(content, file)
+    else:
+        file.write_bytes({"empty": b"", "half": whole[: len(whole) // 2], "text": b"no zip file"}[damage])
+    with pytest.raises(ValueError, match="does not fit this run" if damage == "tensor" else "damaged or truncated"):
+        call(train_vae.main, "--resume --out out", monkeypatch, tmp_path)
 
 
 def test_an_interrupted_save_leaves_the_old_file(tmp_path):
@@ -291,10 +323,10 @@ def test_optimizer_groups():
 
 
 def test_moving_average():
-    model = torch.nn.Linear(1, 1, bias=False)
-    ema = {"weight": torch.zeros(1, 1)}
+    model, ema = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
     model.weight.data.fill_(1.0)
+    ema.weight.data.fill_(0.0)
     train_prior.update_ema(ema, model, 0.9, step=10**6)
-    assert ema["weight"].item() == pytest.approx(0.1)
+    assert ema.weight.item() == pytest.approx(0.1)
     train_prior.update_ema(ema, model, 0.9, step=0)  # early on, a short memory: 1/10 of the old
-    assert ema["weight"].item() == pytest.approx(0.91)
+    assert ema.weight.item() == pytest.approx(0.91)
