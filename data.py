@@ -439,7 +439,7 @@ def windows(tokens, starts, seq_len):
 class Options:
     out: str = option("tokens", "folder for train.bin, val.bin and tokenizer.json")
     tokenizer: str = option("bpe", "bpe (trained on the text), a tokenizer.json, or a tiktoken name (cl100k_base)")
-    vocab_size: int = option(2048, "size of a trained vocabulary", low=258)
+    vocab_size: int = option(1024, "size of a trained vocabulary", low=258)
     data: tuple = option(("pydoc",), "text files, folders, .jsonl files, or pydoc: the text inside Python")
 
 

@@ -29,35 +29,35 @@ class Options:
     data: tuple = option(("",), "as in train_vae.py, tokenized as the VAE was; nothing: the text of the VAE's own run")
     # model; the latent size and the block size are the VAE's
     preset: str = option("small", "model and recipe: small, or 2b for the paper's", choices=("small", "2b"))
-    dim: int = option(256, "width", low=1)
+    dim: int = option(192, "width", low=1)
     n_head: int = option(2, "attention heads", low=1)
-    head_dim: int = option(128, "channels of a head", low=2)
-    rope_dim: int = option(96, "channels of a head that carry the position", low=2)
-    n_layer: int = option(6, "blocks", low=1)
+    head_dim: int = option(96, "channels of a head", low=2)
+    rope_dim: int = option(72, "channels of a head that carry the position", low=2)
+    n_layer: int = option(4, "blocks", low=1)
     mlp_ratio: int = option(4, "width of the MLP over the width", low=1)
     # objective
-    t_loc: float = option(1.0, "times are sigmoid(N(t_loc, t_scale)); the paper: 1 for d = 16, 1.7 for 64, 2.3 for 128")
+    t_loc: float = option(0.5, "times are sigmoid(N(t_loc, t_scale)); the paper: 1 for d = 16, 1.7 for 64, 2.3 for 128")
     t_scale: float = option(1.0, "see t_loc", low=0.0)
     prompt_prob: float = option(0.05, "share of blocks that keep a random clean prefix, a prompt", low=0.0, high=1.0)
     joint: bool = option(False, "train the VAE along, held near its stage-1 encoder")
     vae_weight: float = option(1.0, "joint: weight of the VAE's terms", low=0.0)
     fm_weight: float = option(1.0, "joint: weight of the flow-matching loss", low=0.0)
     ref_weight: float = option(1.0, "joint: weight of KL(q || q_ref), per token, to the frozen encoder", low=0.0)
-    beta: float = option(1e-2, "joint: weight of the posterior's negative entropy, per token", low=0.0)
+    beta: float = option(1e-3, "joint: weight of the posterior's negative entropy, per token", low=0.0)
     mask_weight: float = option(0.5, "joint: weight of the masked-view loss", low=0.0)
     mask_ratio: float = option(0.2, "joint: share of tokens masked in that view", low=0.0, high=1.0)
     vae_lr_ratio: float = option(1.0, "joint: learning rate of the VAE over that of the prior", low=0.0)
     # optimization
-    steps: int = option(400, "training steps", low=1)
-    batch_size: int = option(16, "sequences per step", low=1)
+    steps: int = option(700, "training steps", low=1)
+    batch_size: int = option(48, "sequences per step", low=1)
     passes: int = option(1, "passes per step, each with its share of the batch: less memory", low=1)
-    seq_len: int = option(128, "tokens per sequence", low=1)
-    lr: float = option(1e-3, "peak learning rate", low=0.0)
+    seq_len: int = option(64, "tokens per sequence", low=1)
+    lr: float = option(2e-3, "peak learning rate", low=0.0)
     final_lr: float = option(1e-5, "learning rate at the end of the cosine", low=0.0)
     warmup: int = option(50, "steps of linear warm-up", low=0)
     weight_decay: float = option(0.01, "AdamW weight decay of matrices", low=0.0)
     clip: float = option(1.0, "largest norm of the gradient; 0: any", low=0.0)
-    ema: float = option(0.99, "decay of the moving average of the weights, which is what is sampled", low=0.0, high=1.0)
+    ema: float = option(0.995, "decay of the moving average of the weights, which is what is sampled", low=0.0, high=1.0)
     # run
     out: str = option("runs/cola", "folder of the run and of the whole model")
     resume: bool = option(False, "continue the run in that folder")
@@ -70,7 +70,7 @@ class Options:
 
 PRESETS = {  # "small" is what stands above
     "2b": dict(
-        dim=2048, n_head=16, head_dim=128, rope_dim=96, n_layer=24, joint=True,
+        dim=2048, n_head=16, head_dim=128, rope_dim=96, n_layer=24, t_loc=1.0, joint=True,
         steps=200_000, batch_size=1408, passes=88, seq_len=512, lr=1.5e-4, final_lr=1e-5, warmup=5000, save_every=1000,
         ema=0.9999,  # not the paper's, which does not mention one
     ),

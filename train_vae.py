@@ -21,23 +21,23 @@ class Options:
     # data
     data: tuple = option(("pydoc",), "text files, folders, .jsonl, a folder made by data.py, or pydoc: Python's text")
     tokenizer: str = option("bpe", "bpe (trained on the text), a tokenizer.json, or a tiktoken name (cl100k_base)")
-    vocab_size: int = option(2048, "size of a trained vocabulary", low=258)
+    vocab_size: int = option(1024, "size of a trained vocabulary", low=258)
     # model
     preset: str = option("small", "model and recipe: small, or 2b for the paper's", choices=("small", "2b"))
-    dim: int = option(192, "width", low=2)
-    ffn_dim: int = option(768, "width of the feed-forward layer before SwiGLU halves it", low=2)
-    n_head: int = option(3, "attention heads", low=1)
+    dim: int = option(128, "width", low=2)
+    ffn_dim: int = option(512, "width of the feed-forward layer before SwiGLU halves it", low=2)
+    n_head: int = option(2, "attention heads", low=1)
     n_encoder_layer: int = option(2, "encoder blocks", low=1)
     n_decoder_layer: int = option(2, "decoder blocks", low=1)
     latent_dim: int = option(16, "channels of a latent", low=2)
     patch_size: int = option(1, "tokens per latent", low=1)
-    block_size: int = option(8, "latents per block, the unit of generation", low=1)
+    block_size: int = option(2, "latents per block, the unit of generation", low=1)
     # objective
-    beta: float = option(1e-2, "weight of the KL to N(0, I), in nats per token", low=0.0)
+    beta: float = option(1e-3, "weight of the KL to N(0, I), in nats per token", low=0.0)
     mask_weight: float = option(0.5, "weight of the masked-view loss", low=0.0)
     mask_ratio: float = option(0.2, "share of tokens masked in that view", low=0.0, high=1.0)
     # optimization
-    steps: int = option(300, "training steps", low=1)
+    steps: int = option(250, "training steps", low=1)
     batch_size: int = option(16, "sequences per step", low=1)
     passes: int = option(1, "passes per step, each with its share of the batch: less memory", low=1)
     seq_len: int = option(128, "tokens per sequence", low=1)
@@ -62,8 +62,6 @@ PRESETS = {  # "small" is what stands above
         steps=200_000, batch_size=1408, passes=88, seq_len=512, lr=1.5e-4, final_lr=1e-5, warmup=5000, save_every=1000,
     ),
 }  # fmt: skip
-
-
 EVAL_SEQUENCES = 128  # held-out sequences behind the figure at the end
 
 
@@ -93,9 +91,7 @@ def main():
     torch.manual_seed(o.seed)
     vae = TextVAE(config).to(device)
     optimizer = common.make_optimizer([(vae, 1.0)], o.weight_decay)
-    first_step = 0
-    if o.resume:
-        first_step = run.restore(vae=vae, optimizer=optimizer)
+    first_step = run.restore(vae=vae, optimizer=optimizer) if o.resume else 0
     n_params = sum(p.numel() for p in vae.parameters())
     print(f"{len(corpus.train):,} training tokens of {vae.config.vocab_size:,} ids")
     print(f"VAE of {n_params:,} parameters on {device}")
@@ -129,8 +125,7 @@ def main():
     parts = held_out.split(max(o.batch_size // o.passes, 1))
     accuracy = sum(token_accuracy(vae, part) * len(part) for part in parts) / len(held_out)
     print(f"reconstruction: {100 * accuracy:.2f} % of {held_out.numel():,} held-out tokens")
-    own_text = (run.folder / "data").exists()
-    text = "" if own_text else f" --data {o.data[0]}"
+    text = "" if data.is_prepared(run.folder / "data") else f" --data {o.data[0]}"
     print(f"the VAE is in {run.folder}; next: python train_prior.py --vae {run.folder}{text}")
 
 
