@@ -9,6 +9,7 @@ of tiktoken's own.  Token files are flat uint32 arrays (100,278 ids do not fit i
 
 import ast
 import contextlib
+import functools
 import heapq
 import json
 import re
@@ -93,11 +94,14 @@ def jsonl_documents(file):
                 yield text
 
 
+@functools.cache
 def pydoc_documents():
-    """English prose that every Python carries: its reference topics and the docstrings of its standard library."""
+    """A list of the English prose that every Python carries: reference topics and docstrings of the standard library.
+
+    Cached, for parsing the library takes seconds."""
     from pydoc_data.topics import topics
 
-    yield from (topics[name] for name in sorted(topics))
+    texts = [topics[name] for name in sorted(topics)]
     library = Path(sysconfig.get_path("stdlib"))
     skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
     for file in sorted(library.rglob("*.py")):
@@ -112,7 +116,8 @@ def pydoc_documents():
         for node in ast.walk(tree):
             documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
             if documented and (text := ast.get_docstring(node)):
-                yield text + "\n"
+                texts.append(text + "\n")
+    return texts
 
 
 # ----------------------------------------------------------------------------------------------------------------------

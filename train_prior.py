@@ -57,7 +57,7 @@ class Options:
     warmup: int = option(50, "steps of linear warm-up", low=0)
     weight_decay: float = option(0.01, "AdamW weight decay of matrices", low=0.0)
     clip: float = option(1.0, "largest norm of the gradient; 0: any", low=0.0)
-    ema: float = option(0.995, "decay of the moving average of the weights, which is what is sampled", low=0.0, high=1.0)
+    ema: float = option(0.995, "decay of the moving average of the weights, which gets sampled", low=0.0, high=1.0)
     # run
     out: str = option("runs/cola", "folder of the run and of the whole model")
     resume: bool = option(False, "continue the run in that folder")

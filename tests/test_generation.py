@@ -14,6 +14,7 @@ import data
 import flow
 from cola import ColaDLM, Writer, pick_tokens
 
+FILES = ("config.json", "model.safetensors")
 PROMPTS = [[1, 2, 3], [], [4] * 9, [5] * 8]
 
 
@@ -173,6 +174,8 @@ def folder(speaking_model, tmp_path):
 
 def test_round_trip(speaking_model, folder):
     options = dict(max_new_tokens=6, steps=2)
+    modes = {(folder / part / name).stat().st_mode for part in ("cola_vae", "cola_dit") for name in FILES}
+    assert len(modes) == 1  # whoever may read one file may read them all
     assert ColaDLM.from_pretrained(folder).generate(["ab"], **options) == speaking_model.generate(["ab"], **options)
     half = ColaDLM.from_pretrained(folder, dtype=torch.bfloat16)
     assert half.dit.txt_in.proj.weight.dtype == torch.bfloat16
