@@ -213,7 +213,7 @@ def test_help_lists_every_option_with_its_default(script, tmp_path):
         ("train_vae.py", "--t-loc 1", "unrecognized arguments: --t-loc"),
         ("train_prior.py", "--t-loc inf", "--t-loc inf is out of range: it must be a finite number"),
         ("train_prior.py", "--ema 2", "--ema 2.0 is out of range: it must be between 0.0 and 1.0"),
-        ("train_prior.py", "--vae {trained}/runs/vae --passes 5", "--batch-size 48 must be a multiple of --passes 3"),
+        ("train_prior.py", "--vae {trained}/runs/vae --passes 5", "--batch-size 48 must be a multiple of --passes 5"),
         ("train_vae.py", "--out {trained}/runs/cola --resume", "holds a run of another script"),
         ("train_vae.py", "--stepz 5", "unrecognized arguments: --stepz"),
         ("train_vae.py", "--mask-ratio 1.5", "it must be between 0.0 and 1.0"),
