@@ -26,6 +26,21 @@ def option(default, help, low=None, high=None, choices=None):
     return dataclasses.field(default=default, metadata=metadata)
 
 
+@dataclasses.dataclass
+class TrainingOptions:
+    """What both training scripts let a user choose, with the same defaults."""
+
+    passes: int = option(1, "passes per step, each with its share of the batch: less memory", low=1)
+    weight_decay: float = option(0.01, "AdamW weight decay of matrices", low=0.0)
+    clip: float = option(1.0, "largest norm of the gradient; 0: any", low=0.0)
+    resume: bool = option(False, "continue the run in that folder")
+    save_every: int = option(100, "steps between checkpoints", low=1)
+    log_every: int = option(10, "steps between rows of log.jsonl", low=1)
+    seed: int = option(0, "seed of weights, batches and noise", low=0, high=2**31)
+    device: str = option("auto", "auto, cpu, cuda, mps")
+    precision: str = option("auto", "of matrix products; weights stay fp32", choices=("auto", "fp32", "bf16"))
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"error: {message} (--help lists the options)\n")

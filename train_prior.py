@@ -23,7 +23,7 @@ from vae import masked_view_loss, token_cross_entropy
 
 
 @dataclass
-class Options:
+class Options(common.TrainingOptions):  # which adds seed, device, resume and the like
     # data
     vae: str = option("runs/vae", "folder of the stage-1 run, or of a released model")
     data: tuple = option(("",), "as in train_vae.py, tokenized as the VAE was; nothing: the text of the VAE's own run")
@@ -50,22 +50,13 @@ class Options:
     # optimization
     steps: int = option(700, "training steps", low=1)
     batch_size: int = option(48, "sequences per step", low=1)
-    passes: int = option(1, "passes per step, each with its share of the batch: less memory", low=1)
     seq_len: int = option(64, "tokens per sequence", low=1)
     lr: float = option(2e-3, "peak learning rate", low=0.0)
     final_lr: float = option(1e-5, "learning rate at the end of the cosine", low=0.0)
     warmup: int = option(50, "steps of linear warm-up", low=0)
-    weight_decay: float = option(0.01, "AdamW weight decay of matrices", low=0.0)
-    clip: float = option(1.0, "largest norm of the gradient; 0: any", low=0.0)
     ema: float = option(0.995, "decay of the moving average of the weights, which gets sampled", low=0.0, high=1.0)
     # run
     out: str = option("runs/cola", "folder of the run and of the whole model")
-    resume: bool = option(False, "continue the run in that folder")
-    save_every: int = option(100, "steps between checkpoints", low=1)
-    log_every: int = option(10, "steps between rows of log.jsonl", low=1)
-    seed: int = option(0, "seed of weights, batches and noise", low=0, high=2**31)
-    device: str = option("auto", "auto, cpu, cuda, mps")
-    precision: str = option("auto", "of matrix products; weights stay fp32", choices=("auto", "fp32", "bf16"))
 
 
 PRESETS = {  # "small" is what stands above

@@ -17,7 +17,7 @@ from vae import TextVAE, VAEConfig, token_accuracy, vae_loss
 
 
 @dataclass
-class Options:
+class Options(common.TrainingOptions):  # which adds seed, device, resume and the like
     # data
     data: tuple = option(("pydoc",), "text files, folders, .jsonl, a folder made by data.py, or pydoc: Python's text")
     tokenizer: str = option("bpe", "bpe (trained on the text), a tokenizer.json, or a tiktoken name (cl100k_base)")
@@ -39,21 +39,12 @@ class Options:
     # optimization
     steps: int = option(250, "training steps", low=1)
     batch_size: int = option(16, "sequences per step", low=1)
-    passes: int = option(1, "passes per step, each with its share of the batch: less memory", low=1)
     seq_len: int = option(128, "tokens per sequence", low=1)
     lr: float = option(2e-3, "peak learning rate", low=0.0)
     final_lr: float = option(1e-4, "learning rate at the end of the cosine", low=0.0)
     warmup: int = option(30, "steps of linear warm-up", low=0)
-    weight_decay: float = option(0.01, "AdamW weight decay of matrices", low=0.0)
-    clip: float = option(1.0, "largest norm of the gradient; 0: any", low=0.0)
     # run
     out: str = option("runs/vae", "folder of the run and of the trained VAE")
-    resume: bool = option(False, "continue the run in that folder")
-    save_every: int = option(100, "steps between checkpoints", low=1)
-    log_every: int = option(10, "steps between rows of log.jsonl", low=1)
-    seed: int = option(0, "seed of weights, batches and noise", low=0, high=2**31)
-    device: str = option("auto", "auto, cpu, cuda, mps")
-    precision: str = option("auto", "of matrix products; weights stay fp32", choices=("auto", "fp32", "bf16"))
 
 
 PRESETS = {  # "small" is what stands above
