@@ -26,7 +26,7 @@ from common import replacing
 from data import decode_bytes, encode_prompt, load_tokenizer, save_tokenizer
 from dit import ROPE_THETA, DiT, DiTConfig
 from flow import guide, solve
-from vae import TextVAE, VAEConfig
+from vae import TextVAE, VAEConfig, rope_freqs
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Choosing tokens
@@ -319,7 +319,13 @@ VAE_NAMES = dict(
     n_decoder_layer="decoder_num_blocks",
     norm_eps="layer_norm_eps",
 )
-DIT_NAMES = dict(dim="txt_dim", n_head="heads", n_layer="num_layers", mlp_ratio="expand_ratio")
+DIT_NAMES = dict(
+    latent_dim="txt_in_channels",
+    dim="txt_dim",
+    n_head="heads",
+    n_layer="num_layers",
+    mlp_ratio="expand_ratio",
+)
 # The rest of the released configuration.  Other values would be another computation: they are refused.
 VAE_FIXED = dict(
     act="swiglu",
@@ -345,8 +351,6 @@ def load_vae(folder, device="cpu", dtype=torch.float32):
 def load_dit(folder, device="cpu", dtype=torch.float32):
     """The DiT in folder/cola_dit."""
     raw = read_json(Path(folder) / "cola_dit" / "config.json")
-    for name, same_as in [("latent_dim", "txt_in_channels"), ("txt_out_channels", "txt_in_channels")]:
-        raw.setdefault(name, raw.get(same_as))
     fixed = DIT_FIXED | dict(emb_dim=raw.get("txt_dim"), txt_out_channels=raw.get("txt_in_channels"))
     config = to_config(DiTConfig, raw, DIT_NAMES, fixed, folder)
     return load_weights(DiT, config, Path(folder) / "cola_dit", device, dtype)
@@ -363,15 +367,15 @@ def save_vae(vae, folder):
 def save_dit(dit, folder):
     """Write folder/cola_dit."""
     raw = to_raw(dit.config, DIT_NAMES) | DIT_FIXED
-    raw["txt_in_channels"] = raw["txt_out_channels"] = raw.pop("latent_dim")
-    raw |= dict(emb_dim=dit.config.dim, model_type="cola_dit", architectures=["ColaDiTModel"])
+    raw |= dict(emb_dim=dit.config.dim, txt_out_channels=dit.config.latent_dim)
+    raw |= dict(model_type="cola_dit", architectures=["ColaDiTModel"])
     save_weights(dit.state_dict() | rope_buffers(dit.config), raw, Path(folder) / "cola_dit")
 
 
 def rope_buffers(config):
     """The released files hold the rotary frequencies of every block.  Nothing here needs them, other readers may."""
-    freqs = 1.0 / ROPE_THETA ** (torch.arange(0, config.rope_dim, 2).float() / config.rope_dim)
-    return {f"blocks.{i}.msa.rope.rope.freqs": freqs.clone() for i in range(config.n_layer)}
+    names = (f"blocks.{i}.msa.rope.rope.freqs" for i in range(config.n_layer))
+    return {name: rope_freqs(config.rope_dim, ROPE_THETA) for name in names}
 
 
 def to_config(cls, raw, names, fixed, folder):

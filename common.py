@@ -41,6 +41,10 @@ class TrainingOptions:
     precision: str = option("auto", "of matrix products; weights stay fp32", choices=("auto", "fp32", "bf16"))
 
 
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"error: {message} (--help lists the options)\n")
@@ -60,7 +64,6 @@ def parse_options(cls, description, presets=None, argv=None):
     )
     fields = dataclasses.fields(cls)
     for field in fields:
-        flag = "--" + field.name.replace("_", "-")
         shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         kwargs = dict(help=f"{field.metadata['help']} (default: {shown!r})".replace("%", "%%"))
         if isinstance(field.default, bool):
@@ -70,16 +73,16 @@ def parse_options(cls, description, presets=None, argv=None):
         else:
             kwargs.update(type=type(field.default), choices=field.metadata["choices"])
             kwargs["metavar"] = None if field.metadata["choices"] else type(field.default).__name__.upper()
-        parser.add_argument(flag, **kwargs)
+        parser.add_argument(flag(field.name), **kwargs)
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(parser.parse_args(argv)).items()}
     for field in fields:
         low, high = field.metadata["low"], field.metadata["high"]
         value = given.get(field.name, field.default)
         if isinstance(value, float) and not math.isfinite(value):
-            parser.error(f"--{field.name.replace('_', '-')} {value} is out of range: it must be a finite number")
+            parser.error(f"{flag(field.name)} {value} is out of range: it must be a finite number")
         if (low is not None and value < low) or (high is not None and value > high):
             allowed = f"at least {low}" if high is None else f"between {low} and {high}"
-            parser.error(f"--{field.name.replace('_', '-')} {value} is out of range: it must be {allowed}")
+            parser.error(f"{flag(field.name)} {value} is out of range: it must be {allowed}")
     preset = (presets or {}).get(given.get("preset"), {})
     return cls(**(preset | given)), set(given)
 
@@ -218,8 +221,10 @@ class Run:
 
     Nothing is written before the first `save`, so a run that cannot start leaves no trace."""
 
-    def __init__(self, options, given, free=("resume", "out", "device", "save_every")):
-        """With options.resume, the options come from the saved run; those given anew must agree, except `free` ones.
+    FREE = ("resume", "out", "device", "save_every")  # options that may change when a run is resumed
+
+    def __init__(self, options, given):
+        """With options.resume, the options come from the saved run; those given anew must agree, except FREE ones.
         Raises FileExistsError if the folder holds anything else, FileNotFoundError if there is nothing to resume."""
         self.folder = Path(options.out)
         self.file = self.folder / "training.pt"
@@ -229,12 +234,12 @@ class Run:
             saved, self.log = self.content["options"], self.content["log"]
             if saved.keys() != dataclasses.asdict(options).keys():
                 raise ValueError(f"{self.folder} holds a run of another script, or of another version of this one")
-            for name in given - set(free):
+            for name in given - set(self.FREE):
                 if getattr(options, name) != saved[name]:
-                    flag = "--" + name.replace("_", "-")
                     value = " ".join(saved[name]) if isinstance(saved[name], tuple) else saved[name]
-                    raise ValueError(f"{self.folder} was started with {flag} {value}: resume it without {flag}")
-            kept = {name: value for name, value in saved.items() if name not in free}
+                    message = f"was started with {flag(name)} {value}: resume it without {flag(name)}"
+                    raise ValueError(f"{self.folder} {message}")
+            kept = {name: value for name, value in saved.items() if name not in self.FREE}
             self.options = dataclasses.replace(options, **kept)
         else:
             check_new(options.out, "add --resume, or choose another --out")

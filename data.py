@@ -202,10 +202,9 @@ def load_tokenizer(name):
         base = tiktoken.get_encoding(name)
     except Exception as error:  # whatever the download raises
         raise ValueError(f"tiktoken could not get {name}: {type(error).__name__}") from None
-    special = base._special_tokens | {PAD: base.n_vocab}
-    return tiktoken.Encoding(
-        name, pat_str=base._pat_str, mergeable_ranks=base._mergeable_ranks, special_tokens=special
-    )
+    ranks, special = spelling(base)
+    special = special | {PAD: base.n_vocab}
+    return tiktoken.Encoding(name, pat_str=base._pat_str, mergeable_ranks=ranks, special_tokens=special)
 
 
 def read_tokenizer_json(path):

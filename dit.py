@@ -106,7 +106,7 @@ class DiTBlock(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         C = config.dim
-        self.norm_eps = config.norm_eps
+        self.norm = nn.LayerNorm(C, config.norm_eps, elementwise_affine=False)  # no parameters, so one serves twice
         self.msa = Attention(config, layer)
         self.mlp = MLP(C, config.mlp_ratio * C)
         self.ada = nn.ModuleDict(
@@ -124,12 +124,12 @@ class DiTBlock(nn.Module):
     def forward(self, x, modulation, *attention_args):
         """x (B, L, C); modulation broadcasts to (B, L, 6C)."""
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
-        x = x + gate_msa * self.msa(modulate(x, shift_msa, scale_msa, self.norm_eps), *attention_args)
-        return x + gate_mlp * self.mlp(modulate(x, shift_mlp, scale_mlp, self.norm_eps))
+        x = x + gate_msa * self.msa(modulate(self.norm(x), shift_msa, scale_msa), *attention_args)
+        return x + gate_mlp * self.mlp(modulate(self.norm(x), shift_mlp, scale_mlp))
 
 
-def modulate(x, shift, scale, eps):
-    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+def modulate(x, shift, scale):
+    return x * (1 + scale) + shift
 
 
 class DiT(nn.Module):
@@ -199,8 +199,7 @@ class DiT(nn.Module):
         for block, m in zip(self.blocks, modulation[:-1], strict=True):
             x = block(x, m, rope, pos, mask, cache)
         shift, scale = modulation[-1].chunk(2, dim=-1)
-        x = self.txt_out_norm(x) * (1 + scale) + shift
-        return self.txt_out.proj(x).float()
+        return self.txt_out.proj(modulate(self.txt_out_norm(x), shift, scale)).float()
 
     def new_cache(self, batch_size, max_len):
         """A cache for `forward` that holds max_len latents a row."""

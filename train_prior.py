@@ -137,13 +137,13 @@ def main():
     # What is trained, its optimizer and its moving average; new or as they were.
     torch.manual_seed(o.seed)
     dit = DiT(config).to(device)
-    reference = copy.deepcopy(vae).requires_grad_(False) if o.joint else vae
+    reference = copy.deepcopy(vae).requires_grad_(False) if o.joint else None
     vae.requires_grad_(o.joint)
     trained = nn.ModuleDict(dict(dit=dit, vae=vae) if o.joint else dict(dit=dit))
     lr_ratios = dict(dit=1.0, vae=o.vae_lr_ratio)
     optimizer = common.make_optimizer([(part, lr_ratios[name]) for name, part in trained.items()], o.weight_decay)
     ema = copy.deepcopy(trained).requires_grad_(False)
-    states = dict(trained=trained, ema=ema, reference=reference, optimizer=optimizer)
+    states = dict(trained=trained, ema=ema, optimizer=optimizer) | (dict(reference=reference) if o.joint else {})
     first_step = run.restore(**states) if o.resume else 0
     n_params = sum(p.numel() for p in dit.parameters())
     print(f"{len(corpus.train):,} training tokens; prior of {n_params:,} parameters on {device}")
@@ -151,11 +151,13 @@ def main():
     def save(step):
         run.save(step, **states)
         save_dit(ema.dit, run.folder)
-        save_vae(ema.vae if o.joint else vae, run.folder)
-        data.save_tokenizer(tokenizer, run.folder / "tokenizer.json")
+        if o.joint:
+            save_vae(ema.vae, run.folder)
 
     if not o.resume:
         save(0)  # from here on --resume finds something
+        save_vae(vae, run.folder)  # a frozen VAE and the tokenizer stay as they are
+        data.save_tokenizer(tokenizer, run.folder / "tokenizer.json")
     tokens_per_step = o.batch_size * o.seq_len
     with common.progress_bar(first_step, o.steps, tokens_per_step) as bar:
         for step in range(first_step, o.steps):
@@ -183,7 +185,7 @@ def main():
     held_out = data.even_batch(corpus.val, EVAL_SEQUENCES, o.seq_len).to(device)
     generator = common.step_generator(o.seed, 0, device)
     with torch.no_grad(), amp:
-        parts = held_out.split(max(o.batch_size // o.passes, 1))
+        parts = held_out.split(o.batch_size // o.passes)
         loss = sum(frozen_loss(vae, ema.dit, part, o, generator)[0] * len(part) for part in parts) / len(held_out)
     print(f"flow-matching loss on {held_out.numel():,} held-out tokens: {loss.item():.4f}")
     print(f"the model is in {run.folder}; next: python sample.py --model {run.folder}")

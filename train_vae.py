@@ -90,10 +90,10 @@ def main():
     def save(step):
         run.save(step, vae=vae, optimizer=optimizer)
         save_vae(vae, run.folder)
-        data.save_tokenizer(corpus.tokenizer, run.folder / "tokenizer.json")
 
     if not o.resume:
         save(0)  # from here on --resume finds something
+        data.save_tokenizer(corpus.tokenizer, run.folder / "tokenizer.json")
     tokens_per_step = o.batch_size * o.seq_len
     with common.progress_bar(first_step, o.steps, tokens_per_step) as bar:
         for step in range(first_step, o.steps):
@@ -113,7 +113,7 @@ def main():
                 save(step + 1)
 
     held_out = data.even_batch(corpus.val, EVAL_SEQUENCES, o.seq_len).to(device)
-    parts = held_out.split(max(o.batch_size // o.passes, 1))
+    parts = held_out.split(o.batch_size // o.passes)
     accuracy = sum(token_accuracy(vae, part) * len(part) for part in parts) / len(held_out)
     print(f"reconstruction: {100 * accuracy:.2f} % of {held_out.numel():,} held-out tokens")
     text = "" if data.is_prepared(run.folder / "data") else f" --data {o.data[0]}"

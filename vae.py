@@ -136,15 +136,12 @@ class KVCache:
 
 def layout(n, block_size, device, cache=None):
     """Positions and attention mask of n new latents: pos (1 or B, n) on the CPU, mask None where all is visible."""
-    if cache is None:
-        pos = torch.arange(n)[None]
-        if n <= block_size:
-            return pos, None
-        return pos, block_mask(pos[0] // block_size, pos[0] // block_size).to(device)
-    pos = cache.positions(n)
-    k_pos = torch.arange(int(pos.max()) + 1)
-    mask = block_mask(pos // block_size, k_pos // block_size)[:, None]  # (1 or B, 1, n, K)
-    return pos, None if mask.all() else mask.to(device)
+    pos = torch.arange(n)[None] if cache is None else cache.positions(n)
+    block = pos // block_size
+    if len(pos) == 1 and block[0, 0] == block[0, -1]:  # one block, which sees itself and the whole history
+        return pos, None
+    k_block = torch.arange(int(pos.max()) + 1) // block_size
+    return pos, block_mask(block, k_block)[:, None].to(device)  # (1 or B, 1, n, K)
 
 
 def attend(q, k, v, pos, mask=None, cache=None, layer=0):
@@ -162,10 +159,14 @@ def attend(q, k, v, pos, mask=None, cache=None, layer=0):
     return out
 
 
+def rope_freqs(dim, theta, device=None):
+    """theta^(-2i/dim), i = 0 .. dim/2-1, (dim/2,) in fp32."""
+    return 1.0 / theta ** (torch.arange(0, dim, 2, device=device).float() / dim)
+
+
 def rope_table(pos, dim, theta, device):
-    """cos and sin of position * theta^(-2i/dim), i = 0 .. dim/2-1, each (B, 1, L, dim/2) in fp32."""
-    freqs = 1.0 / theta ** (torch.arange(0, dim, 2, device=device).float() / dim)
-    angle = pos.to(device)[:, None, :, None].float() * freqs
+    """cos and sin of position * frequency, each (B, 1, L, dim/2) in fp32."""
+    angle = pos.to(device)[:, None, :, None].float() * rope_freqs(dim, theta, device)
     return angle.cos(), angle.sin()
 
 

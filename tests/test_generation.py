@@ -9,9 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_models import BLOCK, V, d, small_dit, small_vae
 
-import cola
 import data
-import flow
 from cola import ColaDLM, Writer, pick_tokens
 
 FILES = ("config.json", "model.safetensors")
@@ -92,19 +90,12 @@ def test_a_character_may_span_two_blocks():
     assert (writer.write([97, first]), writer.write([second, 98])) == ("a", "éb")
 
 
-def test_guidance(model, monkeypatch):
+def test_guidance(model, generated_latents):
     """Scale 1 is the conditional velocity alone; another scale moves what has a history, and only that."""
     options = dict(prompts=[[]], max_new_tokens=8, steps=4)
-    plain, strong = (generated_latents(model, monkeypatch, cfg_scale=s, **options) for s in (1.0, 9.0))
+    plain, strong = (generated_latents(model, cfg_scale=s, **options) for s in (1.0, 9.0))
     assert torch.equal(plain[0], strong[0])
     assert (plain[1] - strong[1]).abs().max() > 0.1
-
-
-def generated_latents(model, monkeypatch, **options):
-    latents, solve = [], flow.solve
-    monkeypatch.setattr(cola, "solve", lambda *args: latents.append(solve(*args)) or latents[-1])
-    model.generate(**options)
-    return latents
 
 
 def test_drawn_tokens_follow_the_distribution():
@@ -123,9 +114,9 @@ def test_patches_of_two_tokens():
     assert together == [model.generate([p], seed=1000 * i, **options)[0] for i, p in enumerate(prompts)]
 
 
-def test_rounded_time_is_an_option(model, monkeypatch):
+def test_rounded_time_is_an_option(model, generated_latents):
     options = dict(prompts=[[1, 2]], max_new_tokens=2, steps=16)
-    plain, rounded = (generated_latents(model, monkeypatch, round_time=r, **options)[0] for r in (False, True))
+    plain, rounded = (generated_latents(model, round_time=r, **options)[0] for r in (False, True))
     assert 1e-3 < (plain - rounded).abs().max() < 0.1 * plain.abs().max()
 
 

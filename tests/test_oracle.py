@@ -120,11 +120,9 @@ def test_generation_token_for_token(model, name):
 
 
 @pytest.mark.parametrize("name", ["g7_s4", "g1_s4", "g7_s16", "g1_s16"])
-def test_generated_latents(model, name, monkeypatch):
+def test_generated_latents(model, name, generated_latents):
     prompts, noise, options, _ = generation_case(name)
-    latents, solve = [], cola.solve
-    monkeypatch.setattr(cola, "solve", lambda *args: latents.append(solve(*args)) or latents[-1])
-    model.generate(prompts, noise=noise, **options)
+    latents = generated_latents(model, prompts=prompts, noise=noise, **options)
     torch.testing.assert_close(torch.stack(latents), EXPECTED[f"e2e.{name}.latents"], atol=1e-4, rtol=0)
 
 
