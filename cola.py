@@ -84,10 +84,11 @@ class ColaDLM(nn.Module):
         vae, dit = load_vae(folder, device, dtype), load_dit(folder, device, dtype)
         return cls(vae, dit, find_tokenizer(folder, vae.config.vocab_size)).eval()
 
-    def save_pretrained(self, folder):
-        """Write weights, configurations and tokenizer in the released layout, each file complete or not at all."""
-        save_vae(self.vae, folder)
-        save_dit(self.dit, folder)
+    def save_pretrained(self, folder, dtype=torch.float32):
+        """Write weights (in `dtype`), configurations and tokenizer in the released layout, each file complete or not at
+        all."""
+        save_vae(self.vae, folder, dtype)
+        save_dit(self.dit, folder, dtype)
         if self.tokenizer is not None:
             save_tokenizer(self.tokenizer, Path(folder) / "tokenizer.json")
 
@@ -171,7 +172,7 @@ class ColaDLM(nn.Module):
         times = torch.linspace(1.0, 0.0, steps + 1, device=device)
         network_times = (1000 * times).bfloat16().float() / 1000 if round_time else times
         rows = self.dit.modulation(torch.stack([network_times, torch.zeros_like(times)], dim=1))  # (steps + 1, 2, ...)
-        modulation = [[row[i] for row in rows] for i in range(steps + 1)]  # of the times [t_i, 0], for each step
+        modulation = [[row[i, None] for row in rows] for i in range(steps + 1)]  # of the times [t_i, 0], for each step
         at_zero = modulation[-1]
         if n_history.any():
             history = prompt_z[:, : int(n_history.max())]
@@ -223,15 +224,16 @@ class ColaDLM(nn.Module):
 
         Rows without a history are not guided: there both branches are one and the same, and guidance would only
         amplify rounding errors.  `clean` latents (bool, (B, block_size), or None) do not move."""
+        time_index = None if clean is None else clean.long()  # 0: the time of this step, 1: time 0
         guided = (cache.length > 0) & (cfg_scale != 1)
         scale = torch.where(guided, cfg_scale, 1.0).to(cache.k.device)[:, None, None]
 
         def velocity(z, i):
             if not guided.any():
-                v = self.dit(z, modulation=modulation[i], clean=clean, cache=cache)
+                v = self.dit(z, time_index=time_index, modulation=modulation[i], cache=cache)
             else:  # both branches in one batch; the second half has no rows in the cache, hence no history
-                both_clean = None if clean is None else clean.repeat(2, 1)
-                v = self.dit(z.repeat(2, 1, 1), modulation=modulation[i], clean=both_clean, cache=cache)
+                both_index = None if clean is None else time_index.repeat(2, 1)
+                v = self.dit(z.repeat(2, 1, 1), time_index=both_index, modulation=modulation[i], cache=cache)
                 v = guide(*v.chunk(2), scale)
             return v if clean is None else v.masked_fill(clean[..., None], 0.0)
 
@@ -356,20 +358,20 @@ def load_dit(folder, device="cpu", dtype=torch.float32):
     return load_weights(DiT, config, Path(folder) / "cola_dit", device, dtype)
 
 
-def save_vae(vae, folder):
+def save_vae(vae, folder, dtype=torch.float32):
     """Write folder/cola_vae."""
     raw = to_raw(vae.config, VAE_NAMES) | VAE_FIXED
     raw |= dict(use_emb=True, dropout=0.0, attn_dropout=0.0, init_fn="normal", init_cutoff_factor=3)
     raw |= dict(model_type="cola_text_vae", architectures=["ColaTextVAEModel"])
-    save_weights(vae.state_dict(), raw, Path(folder) / "cola_vae")
+    save_weights(vae.state_dict(), raw, Path(folder) / "cola_vae", dtype)
 
 
-def save_dit(dit, folder):
+def save_dit(dit, folder, dtype=torch.float32):
     """Write folder/cola_dit."""
     raw = to_raw(dit.config, DIT_NAMES) | DIT_FIXED
     raw |= dict(emb_dim=dit.config.dim, txt_out_channels=dit.config.latent_dim)
     raw |= dict(model_type="cola_dit", architectures=["ColaDiTModel"])
-    save_weights(dit.state_dict() | rope_buffers(dit.config), raw, Path(folder) / "cola_dit")
+    save_weights(dit.state_dict() | rope_buffers(dit.config), raw, Path(folder) / "cola_dit", dtype)
 
 
 def rope_buffers(config):
@@ -456,9 +458,10 @@ def load_weights(cls, config, folder, device, dtype):
     return model
 
 
-def save_weights(state, raw_config, folder):
+def save_weights(state, raw_config, folder, dtype):
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
+    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}
+    raw_config = raw_config | dict(dtype=str(dtype).removeprefix("torch."))
     with replacing(folder / "model.safetensors") as temporary:
         try:
             save_file(tensors, temporary, metadata={"format": "pt"})
@@ -466,7 +469,7 @@ def save_weights(state, raw_config, folder):
             raise OSError(f"could not write {folder}: {error}") from None
     (folder / "model.safetensors.index.json").unlink(missing_ok=True)  # shards of an older model count no more
     with replacing(folder / "config.json") as temporary:
-        temporary.write_text(json.dumps(raw_config | {"dtype": "float32"}, indent=2, sort_keys=True) + "\n")
+        temporary.write_text(json.dumps(raw_config, indent=2, sort_keys=True) + "\n")
 
 
 def find_tokenizer(folder, vocab_size, required=False):

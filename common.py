@@ -31,7 +31,8 @@ class TrainingOptions:
     """What both training scripts let a user choose, with the same defaults."""
 
     passes: int = option(1, "passes per step, each with its share of the batch: less memory", low=1)
-    weight_decay: float = option(0.01, "AdamW weight decay of matrices", low=0.0)
+    optimizer: str = option("muon", "muon (hidden matrices; AdamW for the rest) or adamw", choices=("muon", "adamw"))
+    weight_decay: float = option(0.01, "weight decay of matrices", low=0.0)
     clip: float = option(1.0, "largest norm of the gradient; 0: any", low=0.0)
     resume: bool = option(False, "continue the run in that folder")
     save_every: int = option(100, "steps between checkpoints", low=1)
@@ -146,15 +147,53 @@ def autocast(device, precision="auto"):
 # Optimizer and schedule
 
 
-def make_optimizer(parts, weight_decay):
-    """AdamW with betas (0.9, 0.95).  parts: list of (module, learning-rate ratio); vectors are not decayed."""
-    groups = []
+def make_optimizer(parts, name, weight_decay):
+    """AdamW with betas (0.9, 0.95); with the name "muon", Muon for what `hidden_matrices` of a module returns.
+
+    parts: list of (module, learning-rate ratio).  Vectors are not decayed.  Muon makes the update of a matrix
+    orthogonal, so that rare directions learn as fast as frequent ones, and gives it the size that AdamW's would have:
+    one learning rate serves both.  Raises ValueError where PyTorch is older than 2.9, the first with Muon."""
+    adamw, muon = [], []
     for module, lr_ratio in parts:
+        hidden = {id(p) for p in module.hidden_matrices()} if name == "muon" else set()
         params = [p for p in module.parameters() if p.requires_grad]
-        groups.append(dict(params=[p for p in params if p.dim() > 1], lr_ratio=lr_ratio, weight_decay=weight_decay))
-        groups.append(dict(params=[p for p in params if p.dim() <= 1], lr_ratio=lr_ratio, weight_decay=0.0))
-    fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=fused)
+        muon.append(dict(params=[p for p in params if id(p) in hidden], lr_ratio=lr_ratio))
+        rest = [p for p in params if id(p) not in hidden]
+        adamw.append(dict(params=[p for p in rest if p.dim() > 1], lr_ratio=lr_ratio, weight_decay=weight_decay))
+        adamw.append(dict(params=[p for p in rest if p.dim() <= 1], lr_ratio=lr_ratio, weight_decay=0.0))
+    fused = all(p.device.type in ("cpu", "cuda") for group in adamw for p in group["params"])
+    optimizers = [torch.optim.AdamW(adamw, betas=(0.9, 0.95), fused=fused)]
+    if name == "muon":
+        if not hasattr(torch.optim, "Muon"):
+            raise ValueError(f"PyTorch {torch.__version__} has no Muon: install 2.9 or newer, or use --optimizer adamw")
+        optimizers.append(torch.optim.Muon(muon, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+    return Optimizers(optimizers)
+
+
+class Optimizers:
+    """Several optimizers as one."""
+
+    def __init__(self, optimizers):
+        self.optimizers = optimizers
+
+    @property
+    def param_groups(self):
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def step(self):
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self):
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def state_dict(self):
+        return {type(optimizer).__name__: optimizer.state_dict() for optimizer in self.optimizers}
+
+    def load_state_dict(self, state):
+        for optimizer in self.optimizers:
+            optimizer.load_state_dict(state[type(optimizer).__name__])
 
 
 def learning_rate(step, steps, warmup, peak, final):
@@ -173,7 +212,7 @@ def optimizer_step(optimizer, lr, clip):
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_ratio"]
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
 
 
 def progress_bar(first_step, steps, tokens_per_step):

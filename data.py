@@ -13,7 +13,9 @@ import functools
 import heapq
 import json
 import re
+import sys
 import sysconfig
+import unicodedata
 import warnings
 import zlib
 from collections import Counter, defaultdict
@@ -34,14 +36,15 @@ PIECE = 1 << 16  # characters; longer files are cut at line ends, and each piece
 
 
 def documents(source):
-    """Yield the documents of a corpus: source is a list of files, of folders, and of "pydoc", the text inside Python.
+    """Yield the documents of a corpus: source is a list of files, of folders, and of the texts that ship inside Python,
+    "names" and "pydoc".
 
     .jsonl files hold one {"text": ...} a line; every other file is one UTF-8 text; folders are searched for .txt, .md
     and .jsonl.  Nothing is held in memory but the current piece.  Raises ValueError or FileNotFoundError for what
     cannot be read."""
     for name in source:
-        if name == "pydoc":
-            yield from pydoc_documents()
+        if name in BUILT_IN:
+            yield from BUILT_IN[name]()
             continue
         path = Path(name)
         if not str(name):
@@ -118,6 +121,24 @@ def pydoc_documents():
             if documented and (text := ast.get_docstring(node)):
                 texts.append(text + "\n")
     return texts
+
+
+# Kinds of characters that are numbered, or named by a rule, hundreds or thousands at a time.
+NUMBERED = ("CJK", "HANGUL SYLLABLE", "CUNEIFORM SIGN", "TANGUT", "NUSHU", "KHITAN", "EGYPTIAN", "ANATOLIAN", "LINEAR")
+NUMBERED += ("BAMUM", "VAI", "YI", "MENDE", "DUPLOYAN", "BYZANTINE", "SIGNWRITING", "COMPATIBILITY", "VARIATION")
+
+
+@functools.cache
+def unicode_names():
+    """A list of the names of Unicode characters in small letters, such as "greek small letter alpha with tonos".
+
+    In the order of a hash, so that neighbours are no relatives.  Newer versions of Python know more characters."""
+    names = (unicodedata.name(chr(i), "") for i in range(sys.maxunicode + 1))
+    names = [name.lower() for name in names if name and not name.startswith(NUMBERED)]
+    return sorted(names, key=lambda name: (zlib.crc32(name.encode()), name))
+
+
+BUILT_IN = dict(names=unicode_names, pydoc=pydoc_documents)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -443,8 +464,8 @@ def windows(tokens, starts, seq_len):
 class Options:
     out: str = option("tokens", "folder for train.bin, val.bin and tokenizer.json")
     tokenizer: str = option("bpe", "bpe (trained on the text), a tokenizer.json, or a tiktoken name (cl100k_base)")
-    vocab_size: int = option(1024, "size of a trained vocabulary", low=258)
-    data: tuple = option(("pydoc",), "text files, folders, .jsonl files, or pydoc: the text inside Python")
+    vocab_size: int = option(512, "size of a trained vocabulary", low=258)
+    data: tuple = option(("names",), "text files, folders, .jsonl, or what ships with Python: names or pydoc")
 
 
 def main():

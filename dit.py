@@ -5,9 +5,9 @@ Attention is bidirectional inside a block of latents and causal across blocks (E
 as a whole, given the finished blocks before it.  Tokens never appear here.
 
 The time enters through adaLN-Zero: every block has its LayerNorms shifted and scaled, and its two branches gated, by
-linear functions of a time embedding.  A sequence holds at most two times, 0 where latents are clean and t where they
-are noisy, so the modulation is computed once per distinct time and never per position (that would be a third of all
-block FLOPs).
+linear functions of a time embedding.  A sequence holds few times, 0 where latents are clean and one for each noisy copy
+of it, so the modulation is computed once per distinct time and never per position (that would be a third of all block
+FLOPs).
 """
 
 import math
@@ -160,19 +160,24 @@ class DiT(nn.Module):
         nn.init.zeros_(self.txt_out_ada.out_in[-1].weight)
         nn.init.zeros_(self.txt_out.proj.weight)
 
+    def hidden_matrices(self):
+        """The matrices of attention and MLPs."""
+        parts = [part for block in self.blocks for part in (block.msa, block.mlp)]
+        return [p for part in parts for p in part.parameters() if p.dim() == 2]
+
     def modulation(self, t):
         """All that the network needs to know of times t (...) in [0, 1]: a tensor (..., 6C) for every block and one
         (..., 2C) for the output.  It depends on nothing else, so a sampler computes it once per run."""
         e = self.emb_in(t)
         return [block.modulation(e) for block in self.blocks] + [self.txt_out_ada.out_in(e)]
 
-    def forward(self, z, t=None, clean=None, modulation=None, pos=None, mask=None, cache=None):
+    def forward(self, z, t=None, time_index=None, modulation=None, pos=None, mask=None, cache=None):
         """Velocity of every latent.
 
         z (B, n, d).
-        t in [0, 1]: (B,) one time a row, (1,) one for all, or (B, n) one for each latent (general, but a third slower).
-        clean: bool, (B, n) or (1, n): these latents are clean, their time is 0 whatever t says.
-        modulation: in place of t, what `modulation` returned for the times [t, 0] (one row per t, then that of 0).
+        t (B or 1, T), in [0, 1]: the times that occur in a row; (B,) or (1,) if there is but one.
+        time_index (B or 1, n), 0 .. T-1: which of them each latent has; None: all have the first.
+        modulation: in place of t, what `modulation` returned for it.
         pos (1, n) and mask: positions and attention mask if not those of one plain sequence (training layout).
         cache: the history; z continues it.  Rows beyond those of the cache have no history.
         Returns v (B, n, d) in fp32.
@@ -183,17 +188,13 @@ class DiT(nn.Module):
         rope_pos = pos if len(pos) == 1 else pos.repeat(len(z) // len(pos), 1)
         rope = rope_table(rope_pos, c.rope_dim, ROPE_THETA, z.device)
 
-        if modulation is None and t.dim() == 2:
-            modulation = self.modulation(t if clean is None else t.masked_fill(clean, 0.0))  # (B, n, 6C)
-        else:
-            if modulation is None:
-                modulation = self.modulation(torch.cat([t, t.new_zeros(1)]))  # (B + 1, 6C)
-            if clean is None:
-                modulation = [m[:-1, None] for m in modulation]  # (B or 1, 1, 6C)
-            else:  # each position picks one of two rows; as a product with one-hot rows, backward is a product as well
-                pick = torch.stack([~clean, clean], dim=-1).to(modulation[0].dtype)  # (B or 1, n, 2)
-                pairs = [torch.stack([m[:-1], m[-1:].expand_as(m[:-1])], dim=1) for m in modulation]  # (B or 1, 2, 6C)
-                modulation = [pick @ pair for pair in pairs]  # (B, n, 6C)
+        if modulation is None:
+            modulation = self.modulation(t.view(len(t), -1))  # (B or 1, T, 6C) for every block
+        if time_index is None:
+            modulation = [m[:, :1] for m in modulation]  # (B or 1, 1, 6C)
+        else:  # picking rows as a product with one-hot rows, so that backward is a product as well
+            pick = F.one_hot(time_index, modulation[0].shape[1]).to(modulation[0].dtype)  # (B or 1, n, T)
+            modulation = [pick @ m for m in modulation]  # (B or 1, n, 6C)
 
         x = self.txt_in.proj(z.to(self.txt_in.proj.weight.dtype))  # (B, n, C)
         for block, m in zip(self.blocks, modulation[:-1], strict=True):

@@ -1,27 +1,32 @@
 """Generate text with a trained or released model.
 
-    python sample.py                                  # unconditional samples of runs/cola
-    python sample.py --prompt "The with statement"    # continue a prompt, block by block as it is generated
+    python sample.py                                  # new documents
+    python sample.py --prompt "latin small letter"    # continue a prompt, block by block as it is generated
     python sample.py --model path/to/released --max-new-tokens 32 --repetition-penalty 1.1
 """
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from cola import ColaDLM
 from common import multiplies_bf16, option, parse_options, pick_device, run_script
+from data import END_OF_TEXT
+
+PRETRAINED = Path(__file__).parent / "pretrained"  # the small model that comes with the repository
 
 
 @dataclass
 class Options:
-    model: str = option("runs/cola", "folder in the released layout")
-    prompt: tuple = option(("",), "one or more texts to continue; empty for unconditional samples")
-    num_samples: int = option(4, "samples of each prompt", low=1)
+    model: str = option("", "folder in the released layout; nothing: runs/cola if there is one, else pretrained")
+    prompt: tuple = option(("",), "one or more texts to continue; empty: a new document")
+    num_samples: int = option(10, "samples of each prompt", low=1)
     max_new_tokens: int = option(64, "at most so many new tokens a sample", low=1)
     steps: int = option(16, "steps of the ODE solver per block", low=1)
     solver: str = option("euler", "ODE solver; heun evaluates the prior twice a step", choices=("euler", "heun"))
-    cfg_scale: float = option(3.0, "guidance: how strongly the history steers; 1: none; 7: released", low=0.0)
+    cfg_scale: float = option(5.0, "guidance: how strongly the history steers; 1: none; 7: released", low=0.0)
     temperature: float = option(0.0, "of the tokens; 0 takes the likeliest", low=0.0)
     top_k: int = option(0, "keep the k likeliest tokens; 0 keeps all", low=0)
     top_p: float = option(1.0, "keep the likeliest tokens of this total probability", low=0.0, high=1.0)
@@ -36,9 +41,12 @@ def main():
     o, _ = parse_options(Options, __doc__)
     device = pick_device(o.device)
     bf16 = o.dtype == "bf16" or (o.dtype == "auto" and device.type == "cuda" and multiplies_bf16(device))
-    model = ColaDLM.from_pretrained(o.model, device, torch.bfloat16 if bf16 else torch.float32)
+    folder = o.model or ("runs/cola" if Path("runs/cola").exists() else PRETRAINED)
+    if not o.model:
+        print(f"model: {folder}", file=sys.stderr)
+    model = ColaDLM.from_pretrained(folder, device, torch.bfloat16 if bf16 else torch.float32)
     if model.tokenizer is None:
-        raise ValueError(f"{o.model} has no tokenizer.json")
+        raise ValueError(f"{folder} has no tokenizer.json")
     settings = dict(
         max_new_tokens=o.max_new_tokens,
         steps=o.steps,
@@ -52,13 +60,14 @@ def main():
         seed=o.seed,
     )
     prompts = [prompt for prompt in o.prompt for _ in range(o.num_samples)]
+    after = [prompt or END_OF_TEXT for prompt in prompts]  # after the end of a document begins a new one
     if len(prompts) == 1:
         print(prompts[0], end="", flush=True)
-        for (piece,) in model.stream(prompts, **settings):
+        for (piece,) in model.stream(after, **settings):
             print(piece, end="", flush=True)
         print()
     else:
-        for i, (prompt, text) in enumerate(zip(prompts, model.generate(prompts, **settings), strict=True)):
+        for i, (prompt, text) in enumerate(zip(prompts, model.generate(after, **settings), strict=True)):
             print(f"--- sample {i + 1}\n{prompt}{text}")
 
 

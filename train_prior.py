@@ -19,7 +19,7 @@ from cola import find_tokenizer, load_vae, save_dit, save_vae
 from common import option
 from dit import DiT, DiTConfig
 from flow import flow_matching_loss, sample_times, simulated_prompts
-from vae import masked_view_loss, token_cross_entropy
+from vae import masked_view_loss, reconstruction_loss
 
 
 @dataclass
@@ -36,6 +36,7 @@ class Options(common.TrainingOptions):  # which adds seed, device, resume and th
     n_layer: int = option(4, "blocks", low=1)
     mlp_ratio: int = option(4, "width of the MLP over the width", low=1)
     # objective
+    noisy_copies: int = option(4, "noisy copies of a sequence that share its clean one as history", low=1)
     t_loc: float = option(0.5, "times are sigmoid(N(t_loc, t_scale)); the paper: 1 for d = 16, 1.7 for 64, 2.3 for 128")
     t_scale: float = option(1.0, "see t_loc", low=0.0)
     prompt_prob: float = option(0.05, "share of blocks that keep a random clean prefix, a prompt", low=0.0, high=1.0)
@@ -43,18 +44,19 @@ class Options(common.TrainingOptions):  # which adds seed, device, resume and th
     vae_weight: float = option(1.0, "joint: weight of the VAE's terms", low=0.0)
     fm_weight: float = option(1.0, "joint: weight of the flow-matching loss", low=0.0)
     ref_weight: float = option(1.0, "joint: weight of KL(q || q_ref), per token, to the frozen encoder", low=0.0)
-    beta: float = option(1e-3, "joint: weight of the posterior's negative entropy, per token", low=0.0)
+    beta: float = option(1e-4, "joint: weight of the posterior's negative entropy, per token", low=0.0)
     mask_weight: float = option(0.5, "joint: weight of the masked-view loss", low=0.0)
     mask_ratio: float = option(0.2, "joint: share of tokens masked in that view", low=0.0, high=1.0)
+    decoder_noise: float = option(0.5, "joint: the decoder learns from latents noised up to this", low=0.0, high=1.0)
     vae_lr_ratio: float = option(1.0, "joint: learning rate of the VAE over that of the prior", low=0.0)
     # optimization
-    steps: int = option(700, "training steps", low=1)
-    batch_size: int = option(48, "sequences per step", low=1)
-    seq_len: int = option(64, "tokens per sequence", low=1)
-    lr: float = option(2e-3, "peak learning rate", low=0.0)
+    steps: int = option(1000, "training steps", low=1)
+    batch_size: int = option(32, "sequences per step", low=1)
+    seq_len: int = option(32, "tokens per sequence", low=1)
+    lr: float = option(8e-3, "peak learning rate", low=0.0)
     final_lr: float = option(1e-5, "learning rate at the end of the cosine", low=0.0)
     warmup: int = option(50, "steps of linear warm-up", low=0)
-    ema: float = option(0.995, "decay of the moving average of the weights, which gets sampled", low=0.0, high=1.0)
+    ema: float = option(0.99, "decay of the moving average of the weights, which gets sampled", low=0.0, high=1.0)
     # run
     out: str = option("runs/cola", "folder of the run and of the whole model")
 
@@ -63,6 +65,7 @@ PRESETS = {  # "small" is what stands above
     "2b": dict(
         dim=2048, n_head=16, head_dim=128, rope_dim=96, n_layer=24, t_loc=1.0, joint=True,
         steps=200_000, batch_size=1408, passes=88, seq_len=512, lr=1.5e-4, final_lr=1e-5, warmup=5000, save_every=1000,
+        optimizer="adamw", noisy_copies=1, decoder_noise=0.0,
         ema=0.9999,  # not the paper's, which does not mention one
     ),
 }  # fmt: skip
@@ -70,12 +73,13 @@ EVAL_SEQUENCES = 128  # held-out sequences behind the figure at the end
 
 
 def prior_loss(vae, dit, z, o, generator):
-    """L_FM of VAE latents z (B, n, d), with random times, noise and simulated prompts."""
+    """L_FM of VAE latents z (B, n, d), with random times, noise and simulated prompts in each of their noisy copies."""
     z0 = vae.to_dit(z)
-    B, n, _ = z0.shape
-    t = sample_times(B, o.t_loc, o.t_scale, generator, z0.device)
-    z1 = torch.randn(z0.shape, generator=generator, device=z0.device)
-    prompt = simulated_prompts(B, n, dit.config.block_size, o.prompt_prob, generator, z0.device)
+    B, n, d = z0.shape
+    copies = (B, o.noisy_copies)
+    t = sample_times(copies, o.t_loc, o.t_scale, generator, z0.device)
+    z1 = torch.randn(*copies, n, d, generator=generator, device=z0.device)
+    prompt = simulated_prompts(copies, n, dit.config.block_size, o.prompt_prob, generator, z0.device)
     return flow_matching_loss(dit, z0, z1, t, prompt)
 
 
@@ -100,7 +104,7 @@ def joint_loss(vae, reference, dit, idx, o, generator):
     fm = prior_loss(vae, dit, z, o, generator)
     terms = dict(
         fm=fm,
-        reconstruction=token_cross_entropy(vae.decode(z), idx),
+        reconstruction=reconstruction_loss(vae, z, idx, o.decoder_noise, generator),
         entropy=posterior.entropy().mean() * per_token,
         mask=masked_view_loss(vae, idx, o.mask_ratio, generator) if o.mask_weight > 0 else torch.zeros_like(fm),
         ref=posterior.kl(reference_posterior).mean() * per_token,
@@ -141,7 +145,8 @@ def main():
     vae.requires_grad_(o.joint)
     trained = nn.ModuleDict(dict(dit=dit, vae=vae) if o.joint else dict(dit=dit))
     lr_ratios = dict(dit=1.0, vae=o.vae_lr_ratio)
-    optimizer = common.make_optimizer([(part, lr_ratios[name]) for name, part in trained.items()], o.weight_decay)
+    parts = [(part, lr_ratios[name]) for name, part in trained.items()]
+    optimizer = common.make_optimizer(parts, o.optimizer, o.weight_decay)
     ema = copy.deepcopy(trained).requires_grad_(False)
     states = dict(trained=trained, ema=ema, optimizer=optimizer) | (dict(reference=reference) if o.joint else {})
     first_step = run.restore(**states) if o.resume else 0

@@ -19,25 +19,26 @@ from vae import TextVAE, VAEConfig, token_accuracy, vae_loss
 @dataclass
 class Options(common.TrainingOptions):  # which adds seed, device, resume and the like
     # data
-    data: tuple = option(("pydoc",), "text files, folders, .jsonl, a folder made by data.py, or pydoc: Python's text")
+    data: tuple = option(("names",), "text files, folders, .jsonl, a folder made by data.py, or names or pydoc")
     tokenizer: str = option("bpe", "bpe (trained on the text), a tokenizer.json, or a tiktoken name (cl100k_base)")
-    vocab_size: int = option(1024, "size of a trained vocabulary", low=258)
+    vocab_size: int = option(512, "size of a trained vocabulary", low=258)
     # model
     preset: str = option("small", "model and recipe: small, or 2b for the paper's", choices=("small", "2b"))
     dim: int = option(128, "width", low=2)
     ffn_dim: int = option(512, "width of the feed-forward layer before SwiGLU halves it", low=2)
     n_head: int = option(2, "attention heads", low=1)
-    n_encoder_layer: int = option(2, "encoder blocks", low=1)
-    n_decoder_layer: int = option(2, "decoder blocks", low=1)
+    n_encoder_layer: int = option(1, "encoder blocks", low=1)
+    n_decoder_layer: int = option(1, "decoder blocks", low=1)
     latent_dim: int = option(16, "channels of a latent", low=2)
     patch_size: int = option(1, "tokens per latent", low=1)
-    block_size: int = option(2, "latents per block, the unit of generation", low=1)
+    block_size: int = option(1, "latents per block, the unit of generation", low=1)
     # objective
-    beta: float = option(1e-3, "weight of the KL to N(0, I), in nats per token", low=0.0)
+    beta: float = option(1e-4, "weight of the KL to N(0, I), in nats per token", low=0.0)
     mask_weight: float = option(0.5, "weight of the masked-view loss", low=0.0)
     mask_ratio: float = option(0.2, "share of tokens masked in that view", low=0.0, high=1.0)
+    decoder_noise: float = option(0.5, "the decoder learns from latents noised to times up to this", low=0.0, high=1.0)
     # optimization
-    steps: int = option(250, "training steps", low=1)
+    steps: int = option(300, "training steps", low=1)
     batch_size: int = option(16, "sequences per step", low=1)
     seq_len: int = option(128, "tokens per sequence", low=1)
     lr: float = option(2e-3, "peak learning rate", low=0.0)
@@ -51,6 +52,7 @@ PRESETS = {  # "small" is what stands above
     "2b": dict(
         tokenizer="cl100k_base", dim=1536, ffn_dim=6144, n_head=12, n_encoder_layer=4, n_decoder_layer=4, block_size=16,
         steps=200_000, batch_size=1408, passes=88, seq_len=512, lr=1.5e-4, final_lr=1e-5, warmup=5000, save_every=1000,
+        optimizer="adamw", decoder_noise=0.0,
     ),
 }  # fmt: skip
 EVAL_SEQUENCES = 128  # held-out sequences behind the figure at the end
@@ -81,7 +83,7 @@ def main():
     # Model and optimizer, new or as they were.
     torch.manual_seed(o.seed)
     vae = TextVAE(config).to(device)
-    optimizer = common.make_optimizer([(vae, 1.0)], o.weight_decay)
+    optimizer = common.make_optimizer([(vae, 1.0)], o.optimizer, o.weight_decay)
     first_step = run.restore(vae=vae, optimizer=optimizer) if o.resume else 0
     n_params = sum(p.numel() for p in vae.parameters())
     print(f"{len(corpus.train):,} training tokens of {vae.config.vocab_size:,} ids")
@@ -102,7 +104,7 @@ def main():
             generator = common.step_generator(o.seed, step, device)
             for part in idx.chunk(o.passes):
                 with amp:
-                    loss, terms = vae_loss(vae, part, o.beta, o.mask_weight, o.mask_ratio, generator)
+                    loss, terms = vae_loss(vae, part, o.beta, o.mask_weight, o.mask_ratio, o.decoder_noise, generator)
                 (loss / o.passes).backward()
             common.optimizer_step(optimizer, lr, o.clip)
 

@@ -1,6 +1,8 @@
 """Documents, tokenizers and token files."""
 
 import json
+import re
+import unicodedata
 from collections import Counter
 from itertools import pairwise
 
@@ -110,16 +112,25 @@ def test_unknown_tokenizer_name():
         data.load_tokenizer("no-such-tokenizer")
 
 
-def test_pydoc_text_is_split_by_document(tmp_path):
-    corpus = prepare(["pydoc"], 512, tmp_path)
+@pytest.mark.parametrize("name", ["names", "pydoc"])
+def test_built_in_text_is_split_by_document(tmp_path, name):
+    corpus = prepare([name], 512, tmp_path)
     texts = [
         {corpus.tokenizer.decode(part.tolist()) for part in np.split(tokens, np.where(tokens == eot)[0] + 1)}
         for tokens, eot in [(corpus.train, corpus.tokenizer.eot_token), (corpus.val, corpus.tokenizer.eot_token)]
     ]
     assert not (texts[0] & texts[1]) - {""}
     assert 0.02 < len(corpus.val) / len(corpus.train) < 0.1
-    everything = set(text for text in data.documents(["pydoc"]))
+    everything = set(text for text in data.documents([name]))
     assert all(text.removesuffix(data.END_OF_TEXT) in everything for text in list(texts[1])[:50] if text)
+
+
+def test_names_are_those_of_single_characters():
+    names = data.unicode_names()
+    assert len(names) == len(set(names)) > 24_000
+    assert all(unicodedata.lookup(name) for name in names[:1000])
+    assert "greek small letter alpha with tonos" in names
+    assert not any(re.search("-[0-9a-f]{4,}$|^hangul syllable", name) for name in names)
 
 
 def test_files_folders_and_jsonl(tmp_path):

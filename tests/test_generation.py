@@ -173,6 +173,16 @@ def test_round_trip(speaking_model, folder):
     assert len(half.generate(["ab"], **options)) == 1
 
 
+def test_weights_in_16_bits(speaking_model, folder):
+    size = (folder / "cola_dit" / "model.safetensors").stat().st_size
+    speaking_model.save_pretrained(folder, torch.float16)
+    assert (folder / "cola_dit" / "model.safetensors").stat().st_size < 0.7 * size
+    assert json.loads((folder / "cola_dit" / "config.json").read_text())["dtype"] == "float16"
+    again = ColaDLM.from_pretrained(folder)
+    for p, q in zip(speaking_model.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-3)
+
+
 def test_sharded_files(folder):
     expected = ColaDLM.from_pretrained(folder).state_dict()
     part = folder / "cola_dit"

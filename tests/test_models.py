@@ -88,33 +88,38 @@ def test_no_position_sees_a_later_block():
 
 
 def test_training_layout_leaks_nothing(monkeypatch):
-    """A clean latent reaches the noisy blocks after its own, a noisy latent its own block only."""
-    dit, n, n_clean = small_dit(), 3 * BLOCK, 2 * BLOCK
-    pos, mask = training_layout(n, n_clean, BLOCK, "cpu")
-    clean = torch.arange(n_clean + n)[None] < n_clean
+    """A clean latent reaches the noisy blocks after its own in every copy, a noisy latent its own block only."""
+    dit, n, n_clean, K = small_dit(), 3 * BLOCK, 2 * BLOCK, 2
+    pos, mask = training_layout(n, n_clean, K, BLOCK, "cpu")
+    time_index = F.pad(torch.ones(1, K * n, dtype=torch.long), (n_clean, 0))
 
-    def noisy_half(x):
-        return dit(x, torch.tensor([0.5]), clean=clean, pos=pos, mask=mask)[:, n_clean:]
+    def noisy_copies(x):
+        return dit(x, torch.tensor([[0.0, 0.5]]), time_index, pos=pos, mask=mask)[:, n_clean:]
 
-    x = torch.randn(1, n_clean + n, d)
+    x = torch.randn(1, n_clean + K * n, d)
     for position in range(n_clean):
-        assert touched(noisy_half, x, position) == list(range((position // BLOCK + 1) * BLOCK, n))
-    for position in range(n):
+        later = range((position // BLOCK + 1) * BLOCK, n)
+        assert touched(noisy_copies, x, position) == [*later, *(n + i for i in later)]
+    for position in range(K * n):
         own = position // BLOCK * BLOCK
-        assert touched(noisy_half, x, n_clean + position) == list(range(own, own + BLOCK))
+        assert touched(noisy_copies, x, n_clean + position) == list(range(own, own + BLOCK))
 
 
 def test_sdpa_equals_naive_attention(monkeypatch):
-    vae, dit, z = small_vae(), small_dit(), torch.randn(2, 10, d)
-    t, prompt = torch.tensor([0.2, 0.7]), torch.zeros(2, 10, dtype=torch.bool)
+    vae, dit, z = small_vae().requires_grad_(False), small_dit().requires_grad_(False), torch.randn(2, 10, d)
+    t, prompt = torch.tensor([[0.2], [0.7]]), torch.zeros(2, 1, 10, dtype=torch.bool)
 
     def outputs():
-        return vae.decode(z), dit(z, t), flow_matching_loss(dit, z, z.flip(0), t, prompt)
+        return vae.decode(z), dit(z, t), flow_matching_loss(dit, z, z.flip(0)[:, None], t, prompt)
 
     fused = outputs()
     monkeypatch.setattr(F, "scaled_dot_product_attention", naive_attention)
-    for a, b in zip(fused, outputs(), strict=True):
+    naive = outputs()
+    monkeypatch.undo()
+    vae.requires_grad_(True), dit.requires_grad_(True)  # then the CPU takes another path
+    for a, b, c in zip(fused, naive, outputs(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(a, c, atol=1e-4, rtol=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -136,19 +141,28 @@ def test_cached_equals_uncached():
     torch.testing.assert_close(torch.cat(v, 1), dit(z, t), atol=1e-5, rtol=1e-5)
 
 
-def test_noisy_half_of_the_training_layout_equals_cached_inference():
-    dit, n = small_dit(), 4 * BLOCK
-    z0, z1, t = torch.randn(3, n, d), torch.randn(3, n, d), torch.tensor([0.2, 0.5, 0.9])
-    zt = torch.lerp(z0, z1, t[:, None, None])
-    n_clean = n - BLOCK
-    pos, mask = training_layout(n, n_clean, BLOCK, "cpu")
-    clean = torch.arange(n_clean + n)[None] < n_clean
-    training = dit(torch.cat([z0[:, :n_clean], zt], 1), t, clean=clean, pos=pos, mask=mask)[:, n_clean:]
+def test_noisy_copies_of_the_training_layout_equal_cached_inference():
+    dit, n, K = small_dit(), 4 * BLOCK, 2
+    z0, z1, t = torch.randn(3, n, d), torch.randn(3, K, n, d), torch.tensor([[0.2, 0.7], [0.5, 0.1], [0.9, 0.4]])
+    zt = torch.lerp(z0[:, None], z1, t[..., None, None])
+    seen = []
+
+    class Recorder:
+        config = dit.config
+
+        def __call__(self, *args, **kwargs):
+            seen.append(dit(*args, **kwargs))
+            return seen[0]
+
+    loss = flow_matching_loss(Recorder(), z0, z1, t)
+    training = seen[0][:, n - BLOCK :].unflatten(1, (K, n))
+    torch.testing.assert_close(loss, (training - z1 + z0[:, None]).square().mean())
     cache = dit.new_cache(3, n)
     for start in range(0, n, BLOCK):
         block = slice(start, start + BLOCK)
-        sampling = dit(zt[:, block], t, cache=cache)
-        torch.testing.assert_close(sampling, training[:, block], atol=1e-5, rtol=0)
+        for k in range(K):
+            sampling = dit(zt[:, k, block], t[:, k], cache=cache)
+            torch.testing.assert_close(sampling, training[:, k, block], atol=1e-5, rtol=0)
         dit(z0[:, block], torch.zeros(1), cache=cache)
         cache.commit(BLOCK)
 
@@ -176,10 +190,11 @@ def test_times():
     """A time per position, a time per row with clean positions, and a precomputed modulation are one computation."""
     dit, z, t = small_dit(), torch.randn(2, 8, d), torch.tensor([0.3, 0.8])
     clean = torch.rand(2, 8) < 0.5
-    per_position = dit(z, torch.where(clean, 0.0, t[:, None]))
-    torch.testing.assert_close(dit(z, t, clean=clean), per_position)
-    modulation = dit.modulation(torch.cat([t, torch.zeros(1)]))
-    torch.testing.assert_close(dit(z, modulation=modulation, clean=clean), per_position)
+    per_position = dit(z, torch.where(clean, 0.0, t[:, None]), torch.arange(8)[None])
+    both = torch.stack([t, torch.zeros(2)], 1)
+    torch.testing.assert_close(dit(z, both, clean.long()), per_position)
+    torch.testing.assert_close(dit(z, modulation=dit.modulation(both), time_index=clean.long()), per_position)
+    torch.testing.assert_close(dit(z, both), dit(z, t))
 
 
 def test_a_new_prior_predicts_zero():
@@ -257,7 +272,7 @@ def test_posterior_against_torch_distributions():
 
 def test_vae_loss_without_noise_is_the_sum_of_its_terms():
     vae, idx = small_vae(), torch.randint(0, V, (2, 8))
-    loss, terms = vae_loss(vae, idx, 0.1, 0.5, 0.3, torch.Generator().manual_seed(0))
+    loss, terms = vae_loss(vae, idx, 0.1, 0.5, 0.3, generator=torch.Generator().manual_seed(0))
     expected = terms["reconstruction"] + 0.1 * terms["kl"] + 0.5 * terms["mask"]
     torch.testing.assert_close(loss.detach(), expected)
     assert vae_loss(vae, idx, 0.1, 0.5, 0.0)[1]["mask"] == 0  # nothing masked, nothing lost
@@ -288,26 +303,26 @@ def test_unsupported_options_are_refused(tmp_path, part, key, value):
 
 
 def test_sample_times_are_logit_normal():
-    t = sample_times(20000, 1.0, 0.5, torch.Generator().manual_seed(0))
+    t = sample_times((100, 200), 1.0, 0.5, torch.Generator().manual_seed(0))
     logit = torch.log(t / (1 - t))
     assert logit.mean().item() == pytest.approx(1.0, abs=0.02) and logit.std().item() == pytest.approx(0.5, abs=0.02)
 
 
 def test_simulated_prompts_are_proper_prefixes_of_blocks():
-    prompt = simulated_prompts(500, 10, BLOCK, 0.5, torch.Generator().manual_seed(0))
+    prompt = simulated_prompts((500,), 10, BLOCK, 0.5, torch.Generator().manual_seed(0))
     assert prompt.shape == (500, 10)
     blocks = F.pad(prompt, (0, 2)).view(500, 3, BLOCK).int()
     assert (blocks.diff(dim=-1) <= 0).all() and not blocks[..., -1].any()  # prefixes, never the whole block
     share = blocks[:, :2].any(-1).float().mean().item()
     assert share == pytest.approx(0.5, abs=0.05)
     assert blocks[:, :2].sum(-1).unique().tolist() == [0, 1, 2, 3]
-    assert not simulated_prompts(5, 6, 1, 1.0).any()
+    assert not simulated_prompts((5, 2), 6, 1, 1.0).any()
 
 
 def test_gradient_reaches_the_encoder_through_the_noisy_latents_only():
     """A prior that predicts 0 cannot move z0; one that predicts a multiple of z_t moves it through z_t."""
     dit, z0 = small_dit(), torch.randn(1, 2 * BLOCK, d, requires_grad=True)
-    t, z1 = torch.tensor([0.25]), torch.randn(1, 2 * BLOCK, d)
+    t, z1 = torch.tensor([[0.25]]), torch.randn(1, 1, 2 * BLOCK, d)
 
     class Copy:
         config = dit.config
@@ -320,7 +335,7 @@ def test_gradient_reaches_the_encoder_through_the_noisy_latents_only():
         prior.factor = factor
         loss = flow_matching_loss(prior, z0, z1, t)
         (grad,) = torch.autograd.grad(loss, z0)
-        error = factor * (0.75 * z0 + 0.25 * z1) - (z1 - z0)
+        error = factor * (0.75 * z0 + 0.25 * z1[:, 0]) - (z1[:, 0] - z0)
         torch.testing.assert_close(grad, factor * 0.75 * 2 * error / error.numel())
 
 

@@ -59,7 +59,8 @@ def test_decoder(model):
 
 def test_velocity(model):
     z, t = padded("dit.z", "dit.lens"), padded("dit.t", "dit.lens") / 1000
-    assert_rows(model.dit(z, t), "dit.v", "dit.lens", 5e-5)
+    each = torch.arange(z.shape[1])[None]  # a time of its own for each latent
+    assert_rows(model.dit(z, t, each), "dit.v", "dit.lens", 5e-5)
     assert_rows(model.dit(z, torch.tensor([0.4375])), "dit.v_scalar_t437.5", "dit.lens", 5e-5)
     assert_rows(model.dit(z, EXPECTED["dit.t_per_sample"] / 1000), "dit.v_per_sample_t", "dit.lens", 5e-5)
     torch.testing.assert_close(model.dit.emb_in(EXPECTED["dit.temb_t"] / 1000), EXPECTED["dit.temb"], atol=5e-5, rtol=0)
@@ -74,12 +75,13 @@ def test_cached_velocity(model):
     cache.commit(history)
     query = torch.stack([row[n - BLOCK : n] for row, n in zip(z, lens, strict=True)])
     t = EXPECTED["dit.query_t"].view(B, BLOCK) / 1000
-    v = model.dit(query.repeat(2, 1, 1), t.repeat(2, 1), cache=cache).flatten(0, 1)
+    each = torch.arange(BLOCK)[None]  # a time of its own for each latent
+    v = model.dit(query.repeat(2, 1, 1), t.repeat(2, 1), each, cache=cache).flatten(0, 1)
     expected = torch.cat([EXPECTED["dit.v_query_cached"], EXPECTED["dit.v_query_uncond"]])
     torch.testing.assert_close(v, expected, atol=5e-5, rtol=0)
     model.dit(query, torch.zeros(1), cache=cache)
     cache.commit(BLOCK)
-    v = model.dit(EXPECTED["dit.query2_z"].view(B, BLOCK, -1), t, cache=cache).flatten(0, 1)
+    v = model.dit(EXPECTED["dit.query2_z"].view(B, BLOCK, -1), t, each, cache=cache).flatten(0, 1)
     torch.testing.assert_close(v, EXPECTED["dit.v_query2_cached"], atol=5e-5, rtol=0)
 
 
@@ -89,8 +91,9 @@ def test_flow_matching_loss_and_gradients(model, name):
     z0, z1 = padded(f"{name}.z0", f"{name}.lens"), padded(f"{name}.z1", f"{name}.lens")
     valid = torch.arange(z0.shape[1]) < torch.tensor(info["unpadded_lens"])[:, None]
     prompt = padded(f"{name}.ts_noisy", f"{name}.lens") == 0
+    t = EXPECTED[f"{name}.t"]
     loss = flow.flow_matching_loss(
-        model.dit, z0, z1, EXPECTED[f"{name}.t"], prompt, valid, EXPECTED[f"{name}.block_sizes"]
+        model.dit, z0, z1[:, None], t[:, None], prompt[:, None], valid, EXPECTED[f"{name}.block_sizes"]
     )
     assert loss.item() == pytest.approx(info["loss"], rel=1e-5)
     model.dit.zero_grad()

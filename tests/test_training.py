@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import common
 import data
+import judge
 import train_prior
 import train_vae
 from cola import ColaDLM
@@ -34,22 +35,22 @@ def test_one_batch_is_learned_until_sampling_gives_it_back():
     idx = torch.randint(0, vocab - 1, (B, L), generator=torch.Generator().manual_seed(0))
 
     vae = TextVAE(VAEConfig(vocab, 64, 128, 2, 1, 1, d, 1, block))
-    optimizer = common.make_optimizer([(vae, 1.0)], 0.0)
+    optimizer = common.make_optimizer([(vae, 1.0)], "muon", 0.0)
     for step in range(150):
-        loss, _ = vae_loss(vae, idx, 1e-3, 0.1, 0.1, common.step_generator(0, step, "cpu"))
+        loss, _ = vae_loss(vae, idx, 1e-3, 0.1, 0.1, 0.3, common.step_generator(0, step, "cpu"))
         loss.backward()
         common.optimizer_step(optimizer, 3e-3, 1.0)
     assert token_accuracy(vae, idx) == 1.0
 
     dit, steps = DiT(DiTConfig(d, 128, 2, 64, 48, 2, 4, block)), 900
-    optimizer = common.make_optimizer([(dit, 1.0)], 0.0)
-    rows = idx.repeat(8, 1)
+    optimizer = common.make_optimizer([(dit, 1.0)], "muon", 0.0)
+    copies = (B, 8)  # of each row
     for step in range(steps):
         generator = common.step_generator(1, step, "cpu")
         with torch.no_grad():
-            z0 = vae.encode(rows).sample(generator)
-        z1, t = torch.randn(z0.shape, generator=generator), sample_times(len(z0), 1.0, 1.0, generator)
-        loss = flow_matching_loss(dit, z0, z1, t, simulated_prompts(len(z0), L, block, 0.3, generator))
+            z0 = vae.encode(idx).sample(generator)
+        z1, t = torch.randn(*copies, L, d, generator=generator), sample_times(copies, 1.0, 1.0, generator)
+        loss = flow_matching_loss(dit, z0, z1, t, simulated_prompts(copies, L, block, 0.3, generator))
         loss.backward()
         common.optimizer_step(optimizer, common.learning_rate(step, steps, 20, 3e-3, 1e-5), 1.0)
 
@@ -71,6 +72,7 @@ def text(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
     lines = (f"Line {i}: the cat number {i * 7 % 13} sat on the mat number {i * 5 % 11}." for i in range(300))
     (folder / "cats.txt").write_text("\n".join(lines))
+    (folder / "empty.txt").write_text("")
     return folder
 
 
@@ -104,6 +106,20 @@ def test_sampling_from_the_command_line(trained):
     assert done.stdout.startswith("Line")
     several = run("sample.py", "--num-samples 3 --max-new-tokens 8 --steps 2 --model runs/joint", trained)
     assert several.stdout.count("--- sample") == 3
+
+
+def test_without_a_run_the_model_of_the_repository_speaks(tmp_path):
+    done = run("sample.py", "--num-samples 1 --max-new-tokens 8", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() and done.stderr.strip().endswith("pretrained")
+
+
+def test_judging_from_the_command_line(trained, text, monkeypatch, capsys):
+    arguments = f"--num-samples 4 --max-new-tokens 8 --prompt-tokens 4 --steps 2 --texts {text}/cats.txt"
+    call(judge.main, arguments, monkeypatch, trained)
+    rows = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()[1:-1]]
+    names = ["held-out text", "words shuffled", "bigram samples", "unigram samples", f"{text}/cats.txt", "samples"]
+    assert rows == [*names, "continuations"]
 
 
 def test_run_folders_hold_what_they_should(trained):
@@ -197,7 +213,7 @@ def test_options_with_several_values():
     assert options.data == ("a", "b") and given == {"data"}
 
 
-@pytest.mark.parametrize("script", ["train_vae.py", "train_prior.py", "sample.py", "data.py"])
+@pytest.mark.parametrize("script", ["train_vae.py", "train_prior.py", "sample.py", "data.py", "judge.py"])
 def test_help_lists_every_option_with_its_default(script, tmp_path):
     done = run(script, "--help", tmp_path)
     assert done.returncode == 0
@@ -216,7 +232,7 @@ def test_help_lists_every_option_with_its_default(script, tmp_path):
         ("train_vae.py", "--t-loc 1", "unrecognized arguments: --t-loc"),
         ("train_prior.py", "--t-loc inf", "--t-loc inf is out of range: it must be a finite number"),
         ("train_prior.py", "--ema 2", "--ema 2.0 is out of range: it must be between 0.0 and 1.0"),
-        ("train_prior.py", "--vae {trained}/runs/vae --passes 5", "--batch-size 48 must be a multiple of --passes 5"),
+        ("train_prior.py", "--vae {trained}/runs/vae --passes 5", "--batch-size 32 must be a multiple of --passes 5"),
         ("train_vae.py", "--out {trained}/runs/cola --resume", "holds a run of another script"),
         ("train_vae.py", "--stepz 5", "unrecognized arguments: --stepz"),
         ("train_vae.py", "--mask-ratio 1.5", "it must be between 0.0 and 1.0"),
@@ -241,6 +257,10 @@ def test_help_lists_every_option_with_its_default(script, tmp_path):
         ("sample.py", "--model {trained}/runs/cola --cfg-scale 1e300", "cfg_scale 1e+300 is out of range"),
         ("sample.py", "--model {trained}/runs/cola --device hpu", "only cpu, cuda and mps"),
         ("sample.py", "--solver rk4", "invalid choice: 'rk4'"),
+        ("judge.py", "--model nowhere --data {trained}/runs/vae/data", "nowhere/cola_vae/config.json does not exist"),
+        ("judge.py", "--data nowhere", "nowhere/tokenizer.json does not exist"),
+        ("judge.py", "--model {trained}/runs/cola --data {text}/tokens", "the text was tokenized differently"),
+        ("judge.py", "--data {trained}/runs/vae/data --texts {text}/empty.txt", "empty.txt holds no text"),
         ("data.py", "--data {text}/none", "none does not exist"),
         ("data.py", "--out {text}/tokens", "already holds files"),
         ("data.py", "--tokenizer nonsense", "nonsense is neither a tokenizer.json nor one of"),
@@ -313,16 +333,22 @@ def test_learning_rate():
     assert rates[55] == pytest.approx(0.55)  # half of the cosine
 
 
-def test_optimizer_groups():
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_optimizer_groups(name):
     vae = TextVAE(VAEConfig(20, 8, 16, 1, 1, 1, 2))
-    optimizer = common.make_optimizer([(vae, 0.5)], 0.1)
-    decayed, not_decayed = (group["params"] for group in optimizer.param_groups)
+    optimizer = common.make_optimizer([(vae, 0.5)], name, 0.1)
+    decayed, not_decayed, *hidden = (group["params"] for group in optimizer.param_groups)
+    assert [p for group in hidden for p in group] == (vae.hidden_matrices() if name == "muon" else [])
     assert all(p.dim() > 1 for p in decayed) and all(p.dim() == 1 for p in not_decayed)
-    assert sum(p.numel() for p in decayed + not_decayed) == sum(p.numel() for p in vae.parameters())
+    in_groups = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(in_groups) == sorted(id(p) for p in vae.parameters())
     loss, _ = vae_loss(vae, torch.zeros(1, 4, dtype=torch.long), 0.1, 0.0, 0.0)
     loss.backward()
+    before = [p.detach().clone() for p in vae.hidden_matrices()]
     common.optimizer_step(optimizer, 1e-3, 1.0)
-    assert [group["lr"] for group in optimizer.param_groups] == [5e-4, 5e-4]
+    assert {group["lr"] for group in optimizer.param_groups} == {5e-4}
+    assert all(p.grad is None for p in vae.parameters())
+    assert all(not torch.equal(p, old) for p, old in zip(vae.hidden_matrices(), before, strict=True))
 
 
 def test_moving_average():

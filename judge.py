@@ -1,0 +1,171 @@
+"""How much does generated text resemble the training text, and how much of it is copied?
+
+    python judge.py                                   # samples of runs/cola against the text of runs/vae
+    python judge.py --texts other.jsonl               # the same for texts from elsewhere
+
+The judge is an n-gram model of the training text, and its bits per byte are the score.  A score means nothing alone:
+the table has held-out text, the same with its words shuffled, and samples of a bigram and a unigram model of the
+tokens.  Text can score well by repeating or reciting, so each row also says how varied it is and how much is new."""
+
+import math
+import random
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from itertools import pairwise
+
+import data
+from cola import ColaDLM
+from common import option, parse_options, pick_device, run_script
+
+JUDGED = 1 << 22  # bytes of training text that the judge reads
+START = b"\n"  # what stands before a text that begins a document; also what <|endoftext|> becomes
+
+
+class NGramJudge:
+    """Interpolated Witten-Bell n-gram model of bytes.
+
+    p(b | h) = (count(h b) + types(h) p(b | h')) / (count(h) + types(h)), where h' is h without its first byte and
+    types(h) the number of different bytes seen after h; below the empty history lies the uniform distribution."""
+
+    def __init__(self, text, order=7):
+        """text: bytes; order: bytes of history, plus one."""
+        self.counts = [Counter(text[i : i + n] for i in range(len(text) - n + 1)) for n in range(1, order + 1)]
+        self.total, self.types = Counter(), Counter()  # by history
+        for counts in self.counts:
+            for gram, count in counts.items():
+                self.total[gram[:-1]] += count
+                self.types[gram[:-1]] += 1
+
+    def bits(self, text, context=b""):
+        """-log2 p(text | context), both bytes."""
+        bits, whole = 0.0, context + text
+        for i in range(len(context), len(whole)):
+            p = 1 / 256
+            for n, counts in enumerate(self.counts):  # n: length of the history
+                history = whole[i - n : i]
+                if n > i or history not in self.total:
+                    break
+                types = self.types[history]
+                p = (counts[whole[i - n : i + 1]] + types * p) / (self.total[history] + types)
+            bits -= math.log2(p)
+        return bits
+
+
+def bits_per_byte(judge, texts, contexts):
+    """Of all texts together, with its standard error over texts (that of a ratio)."""
+    bits = [judge.bits(text, context) for text, context in zip(texts, contexts, strict=True)]
+    total = sum(map(len, texts))
+    mean = sum(bits) / total
+    deviations = [b - mean * len(text) for b, text in zip(bits, texts, strict=True)]
+    n = len(texts)
+    return mean, math.sqrt(n / max(n - 1, 1) * sum(d * d for d in deviations)) / total
+
+
+def describe(texts, known):
+    """What the score does not see.  texts: list of bytes; known: the training text, bytes.  Returns, in this order,
+
+    distinct-3 (share of different ones among all groups of three words), the share of words that the training text has,
+    the share of whole lines that it has not, and the length in bytes of the longest stretch copied from it."""
+    known_words, known_lines = set(known.split()), set(known.split(b"\n"))
+    words = [text.split() for text in texts]
+    triples = [triple for row in words for triple in zip(row, row[1:], row[2:], strict=False)]
+    lines = [line for text in texts for line in text.split(b"\n")[:-1] if line]  # the last one may be cut
+    copied = 0
+    for text in texts:
+        for i in range(len(text)):
+            while i + copied < len(text) and text[i : i + copied + 1] in known:
+                copied += 1
+    return (
+        share(len(set(triples)), len(triples)),
+        share(sum(word in known_words for row in words for word in row), sum(map(len, words))),
+        share(sum(line not in known_lines for line in lines), len(lines)),
+        copied,
+    )
+
+
+def share(part, whole):
+    return part / whole if whole else math.nan
+
+
+def yardsticks(corpus, n_texts, n_tokens, seed=0):
+    """{name: list of texts} of held-out text, the same with its words shuffled, and samples of two simple models of
+    tokens, all about as long as n_texts samples of n_tokens."""
+    rng = random.Random(seed)
+    train, held_out = corpus.train.tolist(), corpus.val[: n_texts * n_tokens].tolist()
+    rows = [held_out[i : i + n_tokens] for i in range(0, len(held_out), n_tokens)]
+    words = [text_of(corpus.tokenizer, row).decode(errors="replace").split(" ") for row in rows]
+    shuffled = [" ".join(rng.sample(row, len(row))).encode() for row in words]
+    followers = defaultdict(list)
+    for a, b in pairwise(train):
+        followers[a].append(b)
+    bigrams = []
+    for _ in range(n_texts):
+        row = [corpus.tokenizer.eot_token]
+        while len(row) <= n_tokens:
+            row.append(rng.choice(followers[row[-1]] or train))
+        bigrams.append(row[1:])
+    unigrams = [rng.choices(train, k=n_tokens) for _ in range(n_texts)]
+    return {
+        "held-out text": [text_of(corpus.tokenizer, row) for row in rows],
+        "words shuffled": shuffled,
+        "bigram samples": [text_of(corpus.tokenizer, row) for row in bigrams],
+        "unigram samples": [text_of(corpus.tokenizer, row) for row in unigrams],
+    }
+
+
+def text_of(tokenizer, ids):
+    """Bytes, with a line break where a document ends."""
+    return data.decode_bytes(tokenizer, ids).replace(data.END_OF_TEXT.encode(), START)
+
+
+@dataclass
+class Options:
+    model: str = option("runs/cola", "folder in the released layout; empty: judge --texts only")
+    data: str = option("runs/vae/data", "folder of the training and held-out tokens")
+    texts: tuple = option((), "more texts to judge: files as in --data of train_vae.py, each a row of the table")
+    num_samples: int = option(64, "samples from the model, as many with a held-out prompt as without", low=2)
+    max_new_tokens: int = option(64, "length of a sample", low=1)
+    prompt_tokens: int = option(16, "length of a held-out prompt", low=1)
+    steps: int = option(16, "as in sample.py", low=1)
+    solver: str = option("euler", "as in sample.py", choices=("euler", "heun"))
+    cfg_scale: float = option(5.0, "as in sample.py", low=0.0)
+    temperature: float = option(0.0, "as in sample.py", low=0.0)
+    seed: int = option(0, "of noise and yardsticks", low=0, high=2**31)
+    device: str = option("auto", "auto, cpu, cuda, mps")
+
+
+def main():
+    o, _ = parse_options(Options, __doc__)
+    corpus = data.open_tokens(o.data)
+    known = text_of(corpus.tokenizer, corpus.train[:JUDGED].tolist())[:JUDGED]
+    judge = NGramJudge(START + known)
+    rows = {name: (texts, None) for name, texts in yardsticks(corpus, o.num_samples, o.max_new_tokens, o.seed).items()}
+    for name in o.texts:
+        rows[name] = [text.encode() for text in data.documents([name]) if text], None
+        if not rows[name][0]:
+            raise ValueError(f"{name} holds no text")
+    if o.model:
+        model = ColaDLM.from_pretrained(o.model, pick_device(o.device))
+        data.check_same(corpus.tokenizer, model.tokenizer)
+        settings = dict(max_new_tokens=o.max_new_tokens, steps=o.steps, solver=o.solver, cfg_scale=o.cfg_scale)
+        settings |= dict(temperature=o.temperature, seed=o.seed)
+
+        def sample(prompts):
+            return [text_of(corpus.tokenizer, ids) for ids in model.generate(prompts, **settings)]
+
+        rows["samples"] = sample([[corpus.tokenizer.eot_token]] * o.num_samples), None
+        prompts = data.even_batch(corpus.val, o.num_samples, o.prompt_tokens).tolist()
+        rows["continuations"] = sample(prompts), [text_of(corpus.tokenizer, prompt) for prompt in prompts]
+
+    width = max(map(len, rows))
+    print(f"{'':{width}}    bits/byte    distinct-3  known words  new lines  longest copy")
+    for name, (texts, contexts) in rows.items():
+        mean, error = bits_per_byte(judge, texts, contexts or [START] * len(texts))
+        distinct, words, lines, copied = describe(texts, known)
+        score = f"{mean:.3f} ± {error:.3f}"
+        print(f"{name:{width}}  {score}  {distinct:10.2f}  {words:11.2f}  {lines:9.2f}  {copied:6} bytes")
+    print(f"{o.num_samples} texts of {o.max_new_tokens} tokens in each row; ± is the standard error over texts")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,94 @@
+"""A yardstick, not a part of the project: an ordinary autoregressive transformer, as large as the default prior,
+trained for so many seconds on the same tokens.  Its samples go to a file for judge.py.
+
+    python tests/autoregressive.py --seconds 400 --out ar.jsonl
+    python judge.py --texts ar.jsonl
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import common
+import data
+from common import option
+from judge import text_of
+from vae import VAEBlock, VAEConfig, layout, rope_table
+
+
+class Autoregressive(nn.Module):
+    """Blocks of the VAE, pre-norm, with an ordinary causal mask."""
+
+    def __init__(self, vocab_size, dim=192, ffn_dim=1792, n_head=2, n_layer=4):
+        super().__init__()
+        config = VAEConfig(vocab_size=vocab_size, dim=dim, ffn_dim=ffn_dim, n_head=n_head, post_norm=False)
+        self.head_dim = dim // n_head
+        self.embed = nn.Embedding(vocab_size, dim)
+        self.blocks = nn.ModuleList(VAEBlock(config, i) for i in range(n_layer))
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, vocab_size)
+        nn.init.normal_(self.embed.weight, std=0.02)
+
+    def hidden_matrices(self):
+        return [p for p in self.blocks.parameters() if p.dim() == 2]
+
+    def forward(self, idx):  # (B, L) -> (B, L, V)
+        pos, mask = layout(idx.shape[1], 1, idx.device)
+        rope = rope_table(pos, self.head_dim, 10000.0, idx.device)
+        x = self.embed(idx)
+        for block in self.blocks:
+            x = block(x, rope, pos, mask, None)
+        return self.head(self.norm(x))
+
+
+@dataclass
+class Options:
+    data: str = option("runs/vae/data", "folder of token files")
+    seconds: float = option(400.0, "training time", low=0.0)
+    batch_size: int = option(32, "sequences per step", low=1)
+    seq_len: int = option(128, "tokens per sequence", low=1)
+    lr: float = option(2e-3, "peak learning rate", low=0.0)
+    temperature: float = option(0.8, "of the samples", low=1e-3)
+    num_samples: int = option(64, "samples", low=1)
+    max_new_tokens: int = option(64, "tokens per sample", low=1)
+    seed: int = option(0, "seed of everything", low=0)
+    out: str = option("ar.jsonl", "file of the samples")
+
+
+def main():
+    o, _ = common.parse_options(Options, __doc__)
+    torch.manual_seed(o.seed)
+    corpus = data.open_tokens(o.data)
+    model = Autoregressive(corpus.tokenizer.n_vocab)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+    optimizer = common.make_optimizer([(model, 1.0)], "muon", 0.01)
+    start, step = time.perf_counter(), 0
+    while (done := (time.perf_counter() - start) / o.seconds) < 1:
+        idx = data.random_batch(corpus.train, o.batch_size, o.seq_len + 1, o.seed, step)
+        with common.autocast(idx.device):
+            logits = model(idx[:, :-1])
+        F.cross_entropy(logits.float().flatten(0, 1), idx[:, 1:].flatten()).backward()
+        common.optimizer_step(optimizer, common.learning_rate(done, 1, 0, o.lr, 0.0) * min(1, (step + 1) / 30), 1.0)
+        step += 1
+
+    with torch.no_grad():
+        held_out = data.even_batch(corpus.val, 64, o.seq_len + 1)
+        loss = F.cross_entropy(model(held_out[:, :-1]).flatten(0, 1), held_out[:, 1:].flatten())
+        idx = torch.full((o.num_samples, 1), corpus.tokenizer.eot_token)
+        for _ in range(o.max_new_tokens):
+            probs = (model(idx)[:, -1] / o.temperature).softmax(-1)
+            idx = torch.cat([idx, torch.multinomial(probs, 1)], 1)
+    print(f"{step} steps; held-out loss {loss:.3f} nats per token")
+    rows = [text_of(corpus.tokenizer, row).decode(errors="replace") for row in idx[:, 1:].tolist()]
+    Path(o.out).write_text("".join(json.dumps(dict(text=row)) + "\n" for row in rows))
+
+
+if __name__ == "__main__":
+    common.run_script(main)
