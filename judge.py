@@ -128,7 +128,7 @@ class Options:
     prompt_tokens: int = option(16, "length of a held-out prompt", low=1)
     steps: int = option(16, "as in sample.py", low=1)
     solver: str = option("euler", "as in sample.py", choices=("euler", "heun"))
-    cfg_scale: float = option(5.0, "as in sample.py", low=0.0)
+    cfg_scale: float = option(4.0, "as in sample.py", low=0.0)
     temperature: float = option(0.0, "as in sample.py", low=0.0)
     seed: int = option(0, "of noise and yardsticks", low=0, high=2**31)
     device: str = option("auto", "auto, cpu, cuda, mps")

@@ -50,7 +50,7 @@ class Options(common.TrainingOptions):  # which adds seed, device, resume and th
     decoder_noise: float = option(0.5, "joint: the decoder learns from latents noised up to this", low=0.0, high=1.0)
     vae_lr_ratio: float = option(1.0, "joint: learning rate of the VAE over that of the prior", low=0.0)
     # optimization
-    steps: int = option(1000, "training steps", low=1)
+    steps: int = option(600, "training steps", low=1)
     batch_size: int = option(32, "sequences per step", low=1)
     seq_len: int = option(32, "tokens per sequence", low=1)
     lr: float = option(8e-3, "peak learning rate", low=0.0)

@@ -1,6 +1,6 @@
 """Stage 1: train the Text VAE (Eq. 2.2.1).
 
-    python train_vae.py                              # the text inside Python, a small model, a minute on a CPU
+    python train_vae.py                              # names of Unicode characters, half a minute on a CPU
     python train_vae.py --data my_texts/ --out runs/mine
     python train_vae.py --resume                     # go on where a run was interrupted
 """
