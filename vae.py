@@ -151,7 +151,7 @@ def attend(q, k, v, pos, mask=None, cache=None, layer=0):
     come with them.  Classifier-free guidance runs its unconditional branch that way, in the same batch.
     """
     if cache is None:
-        if q.requires_grad and q.device.type == "cpu":  # training: 3 times as fast there as the fused kernel
+        if q.requires_grad and q.device.type == "cpu":  # training: in bf16 2 to 3 times as fast as the fused kernel
             return plain_attention(q, k, v, mask)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     n = cache.batch_size
