@@ -151,8 +151,9 @@ def make_optimizer(parts, name, weight_decay):
     """AdamW with betas (0.9, 0.95); with the name "muon", Muon for what `hidden_matrices` of a module returns.
 
     parts: list of (module, learning-rate ratio).  Vectors are not decayed.  Muon makes the update of a matrix
-    orthogonal, so that rare directions learn as fast as frequent ones, and gives it the size that AdamW's would have:
-    one learning rate serves both.  Raises ValueError where PyTorch is older than 2.9, the first with Muon."""
+    orthogonal, so that rare directions learn as fast as frequent ones, and gives it the size that AdamW's would have
+    (arXiv:2502.16982): one learning rate serves both.  Raises ValueError where PyTorch is older than 2.9, the first
+    with Muon."""
     adamw, muon = [], []
     for module, lr_ratio in parts:
         hidden = {id(p) for p in module.hidden_matrices()} if name == "muon" else set()

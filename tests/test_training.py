@@ -8,6 +8,7 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+import autoregressive
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -114,11 +115,12 @@ def test_without_a_run_the_model_of_the_repository_speaks(tmp_path):
     assert done.stdout.strip() and done.stderr.strip().endswith("pretrained")
 
 
-def test_judging_from_the_command_line(trained, text, monkeypatch, capsys):
-    arguments = f"--num-samples 4 --max-new-tokens 8 --prompt-tokens 4 --steps 2 --texts {text}/cats.txt"
-    call(judge.main, arguments, monkeypatch, trained)
-    rows = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()[1:-1]]
-    names = ["held-out text", "words shuffled", "bigram samples", "unigram samples", f"{text}/cats.txt", "samples"]
+def test_judging_from_the_command_line(trained, monkeypatch, capsys):
+    size = "--num-samples 4 --max-new-tokens 8"
+    call(autoregressive.main, f"--seconds 0.1 {size}", monkeypatch, trained)
+    call(judge.main, f"{size} --prompt-tokens 4 --steps 2 --texts ar.jsonl", monkeypatch, trained)
+    rows = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines() if line.endswith(" bytes")]
+    names = ["held-out text", "words shuffled", "bigram samples", "unigram samples", "ar.jsonl", "samples"]
     assert rows == [*names, "continuations"]
 
 
