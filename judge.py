@@ -17,7 +17,7 @@ import data
 from cola import ColaDLM
 from common import option, parse_options, pick_device, run_script
 
-JUDGED = 1 << 22  # bytes of training text that the judge reads
+JUDGED = 1 << 22  # bytes, and tokens at most, of the training text that judge and yardsticks read
 START = b"\n"  # what stands before a text that begins a document; also what <|endoftext|> becomes
 
 
@@ -91,7 +91,7 @@ def yardsticks(corpus, n_texts, n_tokens, seed=0):
     """{name: list of texts} of held-out text, the same with its words shuffled, and samples of two simple models of
     tokens, all about as long as n_texts samples of n_tokens."""
     rng = random.Random(seed)
-    train, held_out = corpus.train.tolist(), corpus.val[: n_texts * n_tokens].tolist()
+    train, held_out = corpus.train[:JUDGED].tolist(), corpus.val[: n_texts * n_tokens].tolist()
     rows = [held_out[i : i + n_tokens] for i in range(0, len(held_out), n_tokens)]
     words = [text_of(corpus.tokenizer, row).decode(errors="replace").split(" ") for row in rows]
     shuffled = [" ".join(rng.sample(row, len(row))).encode() for row in words]
