@@ -133,8 +133,10 @@ def multiplies_bf16(device):
     """Whether the hardware itself multiplies bfloat16 matrices; where it is only emulated, fp32 is faster."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    has_tiles = getattr(torch.cpu, "_is_amx_tile_supported", None)  # AMX; not in every version of PyTorch
-    return device.type == "cpu" and has_tiles is not None and has_tiles()
+    if device.type != "cpu":
+        return False
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return any(check is not None and check() for check in checks)  # neither is in every version of PyTorch
 
 
 def autocast(device, precision="auto"):
