@@ -42,6 +42,25 @@ class TrainingOptions:
     precision: str = option("auto", "of matrix products; weights stay fp32", choices=("auto", "fp32", "bf16"))
 
 
+@dataclasses.dataclass
+class SamplingOptions:
+    """How sample.py and judge.py sample, with the same defaults: what `ColaDLM.stream` takes, by the same names."""
+
+    max_new_tokens: int = option(64, "at most so many new tokens a sample", low=1)
+    steps: int = option(16, "steps of the ODE solver per block", low=1)
+    solver: str = option("euler", "ODE solver; heun evaluates the prior twice a step", choices=("euler", "heun"))
+    cfg_scale: float = option(4.0, "guidance: how strongly the history steers; 1: none; 7: released", low=0.0)
+    temperature: float = option(0.0, "of the tokens; 0 takes the likeliest", low=0.0)
+    top_k: int = option(0, "keep the k likeliest tokens; 0 keeps all", low=0)
+    top_p: float = option(1.0, "keep the likeliest tokens of this total probability", low=0.0, high=1.0)
+    repetition_penalty: float = option(1.0, "above 1: avoid tokens of earlier blocks", low=1e-6)
+    seed: int = option(0, "seed of the noise", low=0, high=2**31)
+
+    def settings(self):
+        """These options alone, without what a script adds to them."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(SamplingOptions)}
+
+
 def flag(name):
     return "--" + name.replace("_", "-")
 

@@ -5,9 +5,9 @@ Attention is bidirectional inside a block of latents and causal across blocks (E
 as a whole, given the finished blocks before it.  Tokens never appear here.
 
 The time enters through adaLN-Zero: every block has its LayerNorms shifted and scaled, and its two branches gated, by
-linear functions of a time embedding.  A sequence holds few times, 0 where latents are clean and one for each noisy copy
-of it, so the modulation is computed once per distinct time and never per position (that would be a third of all block
-FLOPs).
+linear functions of a time embedding.  A sequence holds at most two times, 0 where latents are clean and t where they
+are noisy, so the modulation is computed once per distinct time and never per position (that would be a third of all
+block FLOPs).
 """
 
 import math

@@ -13,67 +13,63 @@ import torch.nn.functional as F
 from vae import block_mask
 
 
-def sample_times(shape, loc, scale, generator=None, device=None):
-    """Logit-normal times t = sigmoid(N(loc, scale)), one for each noisy copy of each sequence."""
-    return torch.sigmoid(loc + scale * torch.randn(shape, generator=generator, device=device))
+def sample_times(n, loc, scale, generator=None, device=None):
+    """Logit-normal times t = sigmoid(N(loc, scale)), one for each of n sequences.  (n,)"""
+    return torch.sigmoid(loc + scale * torch.randn(n, generator=generator, device=device))
 
 
-def simulated_prompts(shape, n, block_size, probability, generator=None, device=None):
+def simulated_prompts(B, n, block_size, probability, generator=None, device=None):
     """Latents that play the part of a prompt: with `probability`, a block keeps a random proper prefix clean.
 
-    Generation from a prompt that ends inside a block starts exactly like that.  Returns bool (*shape, n)."""
+    Generation from a prompt that ends inside a block starts exactly like that.  Returns bool (B, n)."""
     n_blocks = -(-n // block_size)
-    chosen = torch.rand(*shape, n_blocks, generator=generator, device=device) < probability
+    chosen = torch.rand(B, n_blocks, generator=generator, device=device) < probability
     length = torch.randint(1, max(block_size, 2), chosen.shape, generator=generator, device=device)
-    inside = torch.arange(block_size, device=device) < length[..., None]  # (*shape, n_blocks, block_size)
-    return (inside & chosen[..., None] & (block_size > 1)).flatten(-2)[..., :n]
+    inside = torch.arange(block_size, device=device) < length[..., None]  # (B, n_blocks, block_size)
+    return (inside & chosen[..., None] & (block_size > 1)).flatten(1)[:, :n]
 
 
 def flow_matching_loss(dit, z0, z1, t, prompt=None, valid=None, block_size=None):
     """L_FM of all blocks in one pass (stage 2, last term of Eq. 2.2.3).
 
-    z0 (B, n, d) clean latents; z1 (B, K, n, d) noise and t (B, K) times of K noisy copies of each sequence.
-    prompt: bool (B, K, n), latents that stay clean and carry no loss; valid: bool (B, n), False on padding; block_size:
+    z0 (B, n, d) clean latents; z1 (B, n, d) noise; t (B,) times.
+    prompt: bool (B, n), latents that stay clean and carry no loss; valid: bool (B, n), False on padding; block_size:
     an int, or (B,) on the CPU to give each row its own, default the model's.  Returns the mean squared velocity error
     per channel, a scalar.
 
-    Layout: [clean z0 without its last block | noisy z_t | noisy z_t ...], all at the same positions, so that every
-    noisy block is predicted from exactly the clean history that the sampler's cache would hold.  The last clean block
-    is nobody's history; the others serve all K copies at the price of one.  History and target are constants; in joint
-    training the gradient reaches the encoder through z_t alone, or it could shorten the loss by moving its own target.
+    Layout: [clean z0 without its last block | noisy z_t], both at the same positions, so that every noisy block is
+    predicted from exactly the clean history that the sampler's cache would hold; the last clean block is nobody's
+    history.  History and target are constants; in joint training the gradient reaches the encoder through z_t alone,
+    or it could shorten the loss by moving its own target.
     """
-    B, K, n, d = z1.shape
+    n = z0.shape[1]
     block_size = torch.as_tensor(dit.config.block_size if block_size is None else block_size).reshape(-1, 1)
     n_clean = int(((n - 1) // block_size * block_size).max())
-    target = z1 - z0.detach()[:, None]  # (B, K, n, d)
-    zt = (1 - t[..., None, None]) * z0[:, None] + t[..., None, None] * z1
-    time_index = torch.arange(1, K + 1, device=z0.device)[:, None].expand(B, K, n)  # 0 is the time of what is clean
-    if prompt is not None:
-        zt = torch.where(prompt[..., None], z0.detach()[:, None], zt)
-        time_index = time_index.masked_fill(prompt, 0)
-    pos, mask = training_layout(n, n_clean, K, block_size, z0.device)
+    clean, target = z0.detach(), z1 - z0.detach()
+    zt = torch.lerp(z0, z1, t[:, None, None])
+    noisy = torch.ones(z0.shape[:2], dtype=torch.bool, device=z0.device) if prompt is None else ~prompt
+    zt = torch.where(noisy[..., None], zt, clean)
+    pos, mask = training_layout(n, n_clean, block_size, z0.device)
     v = dit(
-        torch.cat([z0.detach()[:, :n_clean], zt.flatten(1, 2)], dim=1),  # (B, n_clean + K n, d)
-        t=torch.cat([torch.zeros_like(t[:, :1]), t], dim=1),
-        time_index=F.pad(time_index.flatten(1), (n_clean, 0)),
+        torch.cat([clean[:, :n_clean], zt], dim=1),  # (B, n_clean + n, d)
+        t=torch.stack([torch.zeros_like(t), t], dim=1),
+        time_index=F.pad(noisy.long(), (n_clean, 0)),  # 0: the time of what is clean
         pos=pos,
         mask=mask,
     )
-    error = (v[:, n_clean:].unflatten(1, (K, n)) - target).square().mean(-1)  # (B, K, n)
-    counts = torch.ones_like(error) if valid is None else valid[:, None].expand(B, K, n).float()
-    if prompt is not None:
-        counts = counts * ~prompt
+    error = (v[:, n_clean:] - target).square().mean(-1)  # (B, n)
+    counts = noisy if valid is None else noisy & valid
     return (error * counts).sum() / counts.sum().clamp(min=1)
 
 
-def training_layout(n, n_clean, K, block_size, device):
-    """Positions (1, N) on the CPU, N = n_clean + K n, and attention mask (1 or B, 1, N, N) of [clean | K x noisy].
+def training_layout(n, n_clean, block_size, device):
+    """Positions (1, N) on the CPU, N = n_clean + n, and attention mask (1 or B, 1, N, N) of [clean | noisy].
 
     block_size: an int, or (B, 1) on the CPU."""
-    pos = torch.cat([torch.arange(n_clean), torch.arange(n).repeat(K)])[None]
-    copy = torch.cat([torch.zeros(n_clean, dtype=torch.long), torch.arange(1, K + 1).repeat_interleave(n)])
+    pos = torch.cat([torch.arange(n_clean), torch.arange(n)])[None]
+    noisy = torch.arange(n_clean + n) >= n_clean
     block = pos // block_size
-    return pos, block_mask(block, block, copy, copy)[:, None].to(device)
+    return pos, block_mask(block, block, noisy, noisy)[:, None].to(device)
 
 
 def guide(v_cond, v_uncond, cfg_scale):

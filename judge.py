@@ -15,7 +15,7 @@ from itertools import pairwise
 
 import data
 from cola import ColaDLM
-from common import option, parse_options, pick_device, run_script
+from common import SamplingOptions, option, parse_options, pick_device, run_script
 
 JUDGED = 1 << 22  # bytes, and tokens at most, of the training text that judge and yardsticks read
 START = b"\n"  # what stands before a text that begins a document; also what <|endoftext|> becomes
@@ -119,18 +119,12 @@ def text_of(tokenizer, ids):
 
 
 @dataclass
-class Options:
+class Options(SamplingOptions):
     model: str = option("runs/cola", "folder in the released layout; empty: judge --texts only")
     data: str = option("runs/vae/data", "folder of the training and held-out tokens")
     texts: tuple = option((), "more texts to judge: files as in --data of train_vae.py, each a row of the table")
     num_samples: int = option(64, "samples from the model, as many with a held-out prompt as without", low=2)
-    max_new_tokens: int = option(64, "length of a sample", low=1)
     prompt_tokens: int = option(16, "length of a held-out prompt", low=1)
-    steps: int = option(16, "as in sample.py", low=1)
-    solver: str = option("euler", "as in sample.py", choices=("euler", "heun"))
-    cfg_scale: float = option(4.0, "as in sample.py", low=0.0)
-    temperature: float = option(0.0, "as in sample.py", low=0.0)
-    seed: int = option(0, "of noise and yardsticks", low=0, high=2**31)
     device: str = option("auto", "auto, cpu, cuda, mps")
 
 
@@ -147,11 +141,9 @@ def main():
     if o.model:
         model = ColaDLM.from_pretrained(o.model, pick_device(o.device))
         data.check_same(corpus.tokenizer, model.tokenizer)
-        settings = dict(max_new_tokens=o.max_new_tokens, steps=o.steps, solver=o.solver, cfg_scale=o.cfg_scale)
-        settings |= dict(temperature=o.temperature, seed=o.seed)
 
         def sample(prompts):
-            return [text_of(corpus.tokenizer, ids) for ids in model.generate(prompts, **settings)]
+            return [text_of(corpus.tokenizer, ids) for ids in model.generate(prompts, **o.settings())]
 
         rows["samples"] = sample([[corpus.tokenizer.eot_token]] * o.num_samples), None
         prompts = data.even_batch(corpus.val, o.num_samples, o.prompt_tokens).tolist()

@@ -29,7 +29,7 @@ class Options(common.TrainingOptions):  # which adds seed, device, resume and th
     n_head: int = option(2, "attention heads", low=1)
     n_encoder_layer: int = option(1, "encoder blocks", low=1)
     n_decoder_layer: int = option(1, "decoder blocks", low=1)
-    latent_dim: int = option(16, "channels of a latent", low=2)
+    latent_dim: int = option(32, "channels of a latent", low=2)
     patch_size: int = option(1, "tokens per latent", low=1)
     block_size: int = option(1, "latents per block, the unit of generation", low=1)
     # objective
@@ -50,9 +50,9 @@ class Options(common.TrainingOptions):  # which adds seed, device, resume and th
 
 PRESETS = {  # "small" is what stands above
     "2b": dict(
-        tokenizer="cl100k_base", dim=1536, ffn_dim=6144, n_head=12, n_encoder_layer=4, n_decoder_layer=4, block_size=16,
+        tokenizer="cl100k_base", dim=1536, ffn_dim=6144, n_head=12, n_encoder_layer=4, n_decoder_layer=4,
+        latent_dim=16, block_size=16, decoder_noise=0.0, optimizer="adamw",
         steps=200_000, batch_size=1408, passes=88, seq_len=512, lr=1.5e-4, final_lr=1e-5, warmup=5000, save_every=1000,
-        optimizer="adamw", decoder_noise=0.0,
     ),
 }  # fmt: skip
 EVAL_SEQUENCES = 128  # held-out sequences behind the figure at the end

@@ -72,23 +72,23 @@ def check_sizes(config):
 # Attention: one mask, one cache, one call, shared with dit.py
 
 
-def block_mask(q_block, k_block, q_copy=None, k_copy=None):
+def block_mask(q_block, k_block, q_noisy=None, k_noisy=None):
     """Which keys a query sees: True where attention is allowed.
 
     q_block (..., Lq), k_block (..., Lk): the index of the block that a position belongs to.
-    q_copy, k_copy: which copy of the sequence, 0 for the clean one and 1, 2, ... for noisy ones (training layout of
-    flow.py); left out, everything is clean.  Returns a bool tensor (..., Lq, Lk):
+    q_noisy, k_noisy: bool, whether it is in the noisy half of the training layout (flow.py); left out, everything is
+    clean.  Returns a bool tensor (..., Lq, Lk):
 
     - history: clean keys of strictly earlier blocks;
-    - own block: keys of the same block in the same copy.
+    - own block: keys of the same block in the same half.
 
     A noisy block hence never sees its own clean version, which is the answer.
     """
     q_block, k_block = q_block[..., :, None], k_block[..., None, :]
-    if q_copy is None:
+    if q_noisy is None:
         return k_block <= q_block
-    q_copy, k_copy = q_copy[..., :, None], k_copy[..., None, :]
-    return ((k_copy == 0) & (k_block < q_block)) | ((k_copy == q_copy) & (k_block == q_block))
+    q_noisy, k_noisy = q_noisy[..., :, None], k_noisy[..., None, :]
+    return (~k_noisy & (k_block < q_block)) | ((k_noisy == q_noisy) & (k_block == q_block))
 
 
 class KVCache:

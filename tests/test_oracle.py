@@ -92,9 +92,7 @@ def test_flow_matching_loss_and_gradients(model, name):
     valid = torch.arange(z0.shape[1]) < torch.tensor(info["unpadded_lens"])[:, None]
     prompt = padded(f"{name}.ts_noisy", f"{name}.lens") == 0
     t = EXPECTED[f"{name}.t"]
-    loss = flow.flow_matching_loss(
-        model.dit, z0, z1[:, None], t[:, None], prompt[:, None], valid, EXPECTED[f"{name}.block_sizes"]
-    )
+    loss = flow.flow_matching_loss(model.dit, z0, z1, t, prompt, valid, EXPECTED[f"{name}.block_sizes"])
     assert loss.item() == pytest.approx(info["loss"], rel=1e-5)
     model.dit.zero_grad()
     loss.backward()

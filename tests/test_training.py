@@ -45,13 +45,13 @@ def test_one_batch_is_learned_until_sampling_gives_it_back():
 
     dit, steps = DiT(DiTConfig(d, 128, 2, 64, 48, 2, 4, block)), 900
     optimizer = common.make_optimizer([(dit, 1.0)], "muon", 0.0)
-    copies = (B, 8)  # of each row
+    copies = idx.repeat(8, 1)  # of each row
     for step in range(steps):
         generator = common.step_generator(1, step, "cpu")
         with torch.no_grad():
-            z0 = vae.encode(idx).sample(generator)
-        z1, t = torch.randn(*copies, L, d, generator=generator), sample_times(copies, 1.0, 1.0, generator)
-        loss = flow_matching_loss(dit, z0, z1, t, simulated_prompts(copies, L, block, 0.3, generator))
+            z0 = vae.encode(copies).sample(generator)
+        z1, t = torch.randn(z0.shape, generator=generator), sample_times(len(z0), 1.0, 1.0, generator)
+        loss = flow_matching_loss(dit, z0, z1, t, simulated_prompts(len(z0), L, block, 0.3, generator))
         loss.backward()
         common.optimizer_step(optimizer, common.learning_rate(step, steps, 20, 3e-3, 1e-5), 1.0)
 
