@@ -171,9 +171,10 @@ class ColaDLM(nn.Module):
         vae_cache, dit_cache = self.vae.new_cache(B, max_len), self.dit.new_cache(B, max_len)
         times = torch.linspace(1.0, 0.0, steps + 1, device=device)
         network_times = (1000 * times).bfloat16().float() / 1000 if round_time else times
-        rows = self.dit.modulation(torch.stack([network_times, torch.zeros_like(times)], dim=1))  # (steps + 1, 2, ...)
-        modulation = [[row[i, None] for row in rows] for i in range(steps + 1)]  # of the times [t_i, 0], for each step
-        at_zero = modulation[-1]
+        both_times = torch.stack([network_times, torch.zeros_like(times)], dim=1)  # [t_i, 0] for each step i
+        per_layer = self.dit.modulation(both_times)  # (steps + 1, 2, ...) each
+        modulation = [[layer[i, None] for layer in per_layer] for i in range(steps + 1)]
+        at_zero = modulation[-1]  # of [0, 0]: t ends there
         if n_history.any():
             history = prompt_z[:, : int(n_history.max())]
             self.dit(history, modulation=at_zero, cache=dit_cache)
@@ -197,7 +198,7 @@ class ColaDLM(nn.Module):
             z = (z if noise is None else noise[b]).to(device, torch.float32)  # (B, block_size, d)
             if clean is not None:
                 z = torch.where(clean[..., None], clean_z, z)
-            velocity = self.velocity(modulation, dit_cache, cfg_scale, clean)
+            velocity = self.guided_velocity(modulation, dit_cache, cfg_scale, clean)
             z = solve(velocity, z, times, solver)
 
             # 4. Latents to tokens, once.
@@ -219,8 +220,8 @@ class ColaDLM(nn.Module):
             vae_cache.commit(block_size)
             clean, n_slots = None, [0] * B
 
-    def velocity(self, modulation, cache, cfg_scale, clean):
-        """The guided velocity of one block as a function (z (B, block_size, d), step) -> (B, block_size, d).
+    def guided_velocity(self, modulation, cache, cfg_scale, clean):
+        """The velocity of one block as a function (z (B, block_size, d), step) -> (B, block_size, d).
 
         Rows without a history are not guided: there both branches are one and the same, and guidance would only
         amplify rounding errors.  `clean` latents (bool, (B, block_size), or None) do not move."""

@@ -120,7 +120,7 @@ def run_script(main):
     except (ValueError, OSError, RecursionError) as error:
         fail(error)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("memory|allocate|overflow", str(error)):
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate|overflow", str(error)):
             raise
         fail(f"not enough memory for this model, batch or length: {error}")
 
@@ -300,14 +300,14 @@ class Run:
                     value = " ".join(saved[name]) if isinstance(saved[name], tuple) else saved[name]
                     message = f"was started with {flag(name)} {value}: resume it without {flag(name)}"
                     raise ValueError(f"{self.folder} {message}")
-            kept = {name: value for name, value in saved.items() if name not in self.FREE}
+            kept = {name: value for name, value in saved.items() if name not in given | {"resume", "out"}}
             self.options = dataclasses.replace(options, **kept)
         else:
             check_new(options.out, "add --resume, or choose another --out")
 
-    def record(self, bar, step, lr, terms):
-        """Add a row to the log and show it on the progress bar.  terms: {name: scalar tensor}."""
-        row = {name: value.item() for name, value in terms.items()}
+    def record(self, bar, step, lr, passes):
+        """Add a row to the log and show it on the progress bar.  passes: of each, {name: scalar tensor}."""
+        row = {name: sum(terms[name].item() for terms in passes) / len(passes) for name in passes[0]}
         self.log.append(dict(step=step, lr=lr) | row)
         bar.set_postfix({name: f"{value:.3f}" for name, value in row.items()} | dict(lr=f"{lr:.1e}"))
 

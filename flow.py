@@ -21,7 +21,8 @@ def sample_times(n, loc, scale, generator=None, device=None):
 def simulated_prompts(B, n, block_size, probability, generator=None, device=None):
     """Latents that play the part of a prompt: with `probability`, a block keeps a random proper prefix clean.
 
-    Generation from a prompt that ends inside a block starts exactly like that.  Returns bool (B, n)."""
+    Generation from a prompt that ends inside a block starts like that; but there the encoder saw padding in the rest of
+    the block, here it saw the text that is to be found.  Returns bool (B, n)."""
     n_blocks = -(-n // block_size)
     chosen = torch.rand(B, n_blocks, generator=generator, device=device) < probability
     length = torch.randint(1, max(block_size, 2), chosen.shape, generator=generator, device=device)
@@ -29,43 +30,39 @@ def simulated_prompts(B, n, block_size, probability, generator=None, device=None
     return (inside & chosen[..., None] & (block_size > 1)).flatten(1)[:, :n]
 
 
-def flow_matching_loss(dit, z0, z1, t, prompt=None, valid=None, block_size=None):
+def flow_matching_loss(dit, z0, z1, t, prompt=None, valid=None):
     """L_FM of all blocks in one pass (stage 2, last term of Eq. 2.2.3).
 
     z0 (B, n, d) clean latents; z1 (B, n, d) noise; t (B,) times.
-    prompt: bool (B, n), latents that stay clean and carry no loss; valid: bool (B, n), False on padding; block_size:
-    an int, or (B,) on the CPU to give each row its own, default the model's.  Returns the mean squared velocity error
-    per channel, a scalar.
+    prompt: bool (B, n), latents that stay clean and carry no loss; valid: bool (B, n), False on padding, which carries
+    none either.  Returns the mean squared velocity error per channel, a scalar.
 
     Layout: [clean z0 without its last block | noisy z_t], both at the same positions, so that every noisy block is
     predicted from exactly the clean history that the sampler's cache would hold; the last clean block is nobody's
     history.  History and target are constants; in joint training the gradient reaches the encoder through z_t alone,
     or it could shorten the loss by moving its own target.
     """
-    n = z0.shape[1]
-    block_size = torch.as_tensor(dit.config.block_size if block_size is None else block_size).reshape(-1, 1)
-    n_clean = int(((n - 1) // block_size * block_size).max())
+    n, block_size = z0.shape[1], dit.config.block_size
+    n_clean = (n - 1) // block_size * block_size
     clean, target = z0.detach(), z1 - z0.detach()
     zt = torch.lerp(z0, z1, t[:, None, None])
-    noisy = torch.ones(z0.shape[:2], dtype=torch.bool, device=z0.device) if prompt is None else ~prompt
-    zt = torch.where(noisy[..., None], zt, clean)
+    still = torch.zeros(z0.shape[:2], dtype=torch.bool, device=z0.device) if prompt is None else prompt
+    zt = torch.where(still[..., None], clean, zt)
     pos, mask = training_layout(n, n_clean, block_size, z0.device)
     v = dit(
         torch.cat([clean[:, :n_clean], zt], dim=1),  # (B, n_clean + n, d)
-        t=torch.stack([torch.zeros_like(t), t], dim=1),
-        time_index=F.pad(noisy.long(), (n_clean, 0)),  # 0: the time of what is clean
+        t=torch.stack([t, torch.zeros_like(t)], dim=1),
+        time_index=F.pad(still.long(), (n_clean, 0), value=1),  # 1: time 0, of all that is clean
         pos=pos,
         mask=mask,
     )
     error = (v[:, n_clean:] - target).square().mean(-1)  # (B, n)
-    counts = noisy if valid is None else noisy & valid
+    counts = ~still if valid is None else ~still & valid
     return (error * counts).sum() / counts.sum().clamp(min=1)
 
 
 def training_layout(n, n_clean, block_size, device):
-    """Positions (1, N) on the CPU, N = n_clean + n, and attention mask (1 or B, 1, N, N) of [clean | noisy].
-
-    block_size: an int, or (B, 1) on the CPU."""
+    """Positions (1, N) on the CPU, N = n_clean + n, and attention mask (1, 1, N, N) of [clean | noisy]."""
     pos = torch.cat([torch.arange(n_clean), torch.arange(n)])[None]
     noisy = torch.arange(n_clean + n) >= n_clean
     block = pos // block_size

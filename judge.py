@@ -55,21 +55,27 @@ def bits_per_byte(judge, texts, contexts):
     """Of all texts together, with its standard error over texts (that of a ratio)."""
     bits = [judge.bits(text, context) for text, context in zip(texts, contexts, strict=True)]
     total = sum(map(len, texts))
+    if total == 0:  # nothing but empty texts
+        return math.nan, math.nan
     mean = sum(bits) / total
     deviations = [b - mean * len(text) for b, text in zip(bits, texts, strict=True)]
     n = len(texts)
     return mean, math.sqrt(n / max(n - 1, 1) * sum(d * d for d in deviations)) / total
 
 
-def describe(texts, known):
-    """What the score does not see.  texts: list of bytes; known: the training text, bytes.  Returns, in this order,
+def describe(texts, contexts, known):
+    """What the score does not see.  texts, and what stood before them: lists of bytes; known: the training text, bytes.
+    Returns, in this order,
 
     distinct-3 (share of different ones among all groups of three words), the share of words that the training text has,
     the share of whole lines that it has not, and the length in bytes of the longest stretch copied from it."""
     known_words, known_lines = set(known.split()), set(known.split(b"\n"))
     words = [text.split() for text in texts]
     triples = [triple for row in words for triple in zip(row, row[1:], row[2:], strict=False)]
-    lines = [line for text in texts for line in text.split(b"\n")[:-1] if line]  # the last one may be cut
+    lines = []
+    for text, context in zip(texts, contexts, strict=True):
+        first = 0 if context.endswith(b"\n") else 1  # a line that began in the context; the last one may be cut
+        lines += [line for line in text.split(b"\n")[first:-1] if line]
     copied = 0
     for text in texts:
         for i in range(len(text)):
@@ -88,12 +94,14 @@ def share(part, whole):
 
 
 def yardsticks(corpus, n_texts, n_tokens, seed=0):
-    """{name: list of texts} of held-out text, the same with its words shuffled, and samples of two simple models of
+    """{name: (texts, contexts)} of held-out text, the same with its words shuffled, and samples of two simple models of
     tokens, all about as long as n_texts samples of n_tokens."""
     rng = random.Random(seed)
     train, held_out = corpus.train[:JUDGED].tolist(), corpus.val[: n_texts * n_tokens].tolist()
     rows = [held_out[i : i + n_tokens] for i in range(0, len(held_out), n_tokens)]
-    words = [text_of(corpus.tokenizer, row).decode(errors="replace").split(" ") for row in rows]
+    real = [text_of(corpus.tokenizer, row) for row in rows]
+    before = [START, *real[:-1]]
+    words = [text.decode(errors="replace").split(" ") for text in real]
     shuffled = [" ".join(rng.sample(row, len(row))).encode() for row in words]
     followers = defaultdict(list)
     for a, b in pairwise(train):
@@ -106,10 +114,10 @@ def yardsticks(corpus, n_texts, n_tokens, seed=0):
         bigrams.append(row[1:])
     unigrams = [rng.choices(train, k=n_tokens) for _ in range(n_texts)]
     return {
-        "held-out text": [text_of(corpus.tokenizer, row) for row in rows],
-        "words shuffled": shuffled,
-        "bigram samples": [text_of(corpus.tokenizer, row) for row in bigrams],
-        "unigram samples": [text_of(corpus.tokenizer, row) for row in unigrams],
+        "held-out text": (real, before),
+        "words shuffled": (shuffled, before),
+        "bigram samples": ([text_of(corpus.tokenizer, row) for row in bigrams], [START] * n_texts),
+        "unigram samples": ([text_of(corpus.tokenizer, row) for row in unigrams], [START] * n_texts),
     }
 
 
@@ -133,27 +141,31 @@ def main():
     corpus = data.open_tokens(o.data)
     known = text_of(corpus.tokenizer, corpus.train[:JUDGED].tolist())[:JUDGED]
     judge = NGramJudge(START + known)
-    rows = {name: (texts, None) for name, texts in yardsticks(corpus, o.num_samples, o.max_new_tokens, o.seed).items()}
+    rows = yardsticks(corpus, o.num_samples, o.max_new_tokens, o.seed)
     for name in o.texts:
-        rows[name] = [text.encode() for text in data.documents([name]) if text], None
-        if not rows[name][0]:
+        texts = [text.encode() for text in data.documents([name]) if text]
+        if not texts:
             raise ValueError(f"{name} holds no text")
+        rows[name] = texts, [START] * len(texts)
     if o.model:
         model = ColaDLM.from_pretrained(o.model, pick_device(o.device))
+        if model.tokenizer is None:
+            raise ValueError(f"{o.model} has no tokenizer.json")
         data.check_same(corpus.tokenizer, model.tokenizer)
+        data.check_length(len(corpus.train), len(corpus.val), 1, o.prompt_tokens)
 
         def sample(prompts):
             return [text_of(corpus.tokenizer, ids) for ids in model.generate(prompts, **o.settings())]
 
-        rows["samples"] = sample([[corpus.tokenizer.eot_token]] * o.num_samples), None
+        rows["samples"] = sample([[corpus.tokenizer.eot_token]] * o.num_samples), [START] * o.num_samples
         prompts = data.even_batch(corpus.val, o.num_samples, o.prompt_tokens).tolist()
         rows["continuations"] = sample(prompts), [text_of(corpus.tokenizer, prompt) for prompt in prompts]
 
     width = max(map(len, rows))
     print(f"{'':{width}}    bits/byte    distinct-3  known words  new lines  longest copy")
     for name, (texts, contexts) in rows.items():
-        mean, error = bits_per_byte(judge, texts, contexts or [START] * len(texts))
-        distinct, words, lines, copied = describe(texts, known)
+        mean, error = bits_per_byte(judge, texts, contexts)
+        distinct, words, lines, copied = describe(texts, contexts, known)
         score = f"{mean:.3f} ± {error:.3f}"
         print(f"{name:{width}}  {score}  {distinct:10.2f}  {words:11.2f}  {lines:9.2f}  {copied:6} bytes")
     print(f"{o.num_samples} texts of {o.max_new_tokens} tokens in each row; ± is the standard error over texts")

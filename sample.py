@@ -1,7 +1,8 @@
 """Generate text with a trained or released model.
 
     python sample.py                                  # new documents
-    python sample.py --prompt "latin small letter"    # continue a prompt, block by block as it is generated
+    python sample.py --prompt "latin small letter"    # continue a prompt
+    python sample.py --num-samples 1                  # one sample is shown block by block, as it is generated
     python sample.py --model path/to/released --max-new-tokens 32 --repetition-penalty 1.1
 """
 

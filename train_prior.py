@@ -26,7 +26,7 @@ from vae import masked_view_loss, reconstruction_loss
 class Options(common.TrainingOptions):  # which adds seed, device, resume and the like
     # data
     vae: str = option("runs/vae", "folder of the stage-1 run, or of a released model")
-    data: tuple = option(("",), "as in train_vae.py, tokenized as the VAE was; nothing: the text of the VAE's own run")
+    data: tuple = option((), "as in train_vae.py, tokenized as the VAE was; nothing: the text of the VAE's own run")
     # model; the latent size and the block size are the VAE's
     preset: str = option("small", "model and recipe: small, or 2b for the paper's", choices=("small", "2b"))
     dim: int = option(192, "width", low=1)
@@ -133,8 +133,11 @@ def main():
     sizes = {name: value for name, value in asdict(o).items() if name in DiTConfig.__dataclass_fields__}
     config = DiTConfig(**sizes | dict(latent_dim=vae.config.latent_dim, block_size=vae.config.block_size))
     data.check_shape(o.batch_size, o.passes, o.seq_len, vae.config)
-    corpus = open_corpus(o, run.folder, tokenizer)
-    data.check_length(len(corpus.train), len(corpus.val), o.batch_size, o.seq_len)
+    text = o.data or (f"{o.vae}/data",)
+    if not o.data and not data.is_prepared(text[0]):
+        raise ValueError(f"{o.vae} has no text of its own: name some with --data")
+    corpus = data.open_corpus(text, run.folder / "data", lambda: tokenizer, o.batch_size, o.seq_len, o.resume)
+    data.check_same(corpus.tokenizer, tokenizer)
 
     # What is trained, its optimizer and its moving average; new or as they were.
     torch.manual_seed(o.seed)
@@ -158,15 +161,15 @@ def main():
             save_vae(ema.vae, run.folder)
 
     if not o.resume:
-        save(0)  # from here on --resume finds something
         save_vae(vae, run.folder)  # a frozen VAE and the tokenizer stay as they are
         data.save_tokenizer(tokenizer, run.folder / "tokenizer.json")
+        save(0)  # from here on --resume finds all it needs
     tokens_per_step = o.batch_size * o.seq_len
     with common.progress_bar(first_step, o.steps, tokens_per_step) as bar:
         for step in range(first_step, o.steps):
             idx = data.random_batch(corpus.train, o.batch_size, o.seq_len, o.seed, step).to(device)  # (B, L)
             lr = common.learning_rate(step, o.steps, o.warmup, o.lr, o.final_lr)
-            generator = common.step_generator(o.seed, step, device)
+            generator, passes = common.step_generator(o.seed, step, device), []
             for part in idx.chunk(o.passes):
                 with amp:
                     if o.joint:
@@ -174,12 +177,13 @@ def main():
                     else:
                         loss, terms = frozen_loss(vae, dit, part, o, generator)
                 (loss / o.passes).backward()
+                passes.append(dict(loss=loss.detach(), **terms))
             common.optimizer_step(optimizer, lr, o.clip)
             update_ema(ema, trained, o.ema, step)
 
             bar.update(tokens_per_step)
             if (step + 1) % o.log_every == 0 or step + 1 == o.steps:
-                run.record(bar, step + 1, lr, dict(loss=loss.detach(), **terms))
+                run.record(bar, step + 1, lr, passes)
             if (step + 1) % o.save_every == 0 or step + 1 == o.steps:
                 save(step + 1)
 
@@ -192,24 +196,6 @@ def main():
         loss = sum(frozen_loss(vae, ema.dit, part, o, generator)[0] * len(part) for part in parts) / len(held_out)
     print(f"flow-matching loss on {held_out.numel():,} held-out tokens: {loss.item():.4f}")
     print(f"the model is in {run.folder}; next: python sample.py --model {run.folder}")
-
-
-def open_corpus(o, run_folder, tokenizer):
-    """The corpus in the VAE's tokens: that of its own run, one made by data.py, or text tokenized now."""
-    given = [path for path in o.data if path]
-    if not given:
-        folder = Path(o.vae) / "data"
-        if not data.is_prepared(folder):
-            raise ValueError(f"{o.vae} has no text of its own: name some with --data")
-    elif len(given) == 1 and data.is_prepared(given[0]):
-        folder = Path(given[0])
-    else:
-        folder = run_folder / "data"
-        if not o.resume:
-            data.prepare(given, tokenizer, folder, o.batch_size, o.seq_len)
-    corpus = data.open_tokens(folder)
-    data.check_same(corpus.tokenizer, tokenizer)
-    return corpus
 
 
 if __name__ == "__main__":

@@ -68,14 +68,11 @@ def main():
     sizes = {name: value for name, value in asdict(o).items() if name in VAEConfig.__dataclass_fields__}
     config = VAEConfig(**sizes)
     data.check_shape(o.batch_size, o.passes, o.seq_len, config)
-    if len(o.data) == 1 and data.is_prepared(o.data[0]):
-        corpus = data.open_tokens(o.data[0])
-    elif o.resume:
-        corpus = data.open_tokens(run.folder / "data")
-    else:
-        tokenizer = data.make_tokenizer(o.tokenizer, o.vocab_size, o.data)
-        corpus = data.prepare(o.data, tokenizer, run.folder / "data", o.batch_size, o.seq_len)
-    data.check_length(len(corpus.train), len(corpus.val), o.batch_size, o.seq_len)
+
+    def tokenizer():
+        return data.make_tokenizer(o.tokenizer, o.vocab_size, o.data)
+
+    corpus = data.open_corpus(o.data, run.folder / "data", tokenizer, o.batch_size, o.seq_len, o.resume)
     config.vocab_size = corpus.tokenizer.n_vocab
     if o.resume:
         data.check_same(corpus.tokenizer, find_tokenizer(run.folder, config.vocab_size, required=True))
@@ -94,23 +91,24 @@ def main():
         save_vae(vae, run.folder)
 
     if not o.resume:
-        save(0)  # from here on --resume finds something
         data.save_tokenizer(corpus.tokenizer, run.folder / "tokenizer.json")
+        save(0)  # from here on --resume finds all it needs
     tokens_per_step = o.batch_size * o.seq_len
     with common.progress_bar(first_step, o.steps, tokens_per_step) as bar:
         for step in range(first_step, o.steps):
             idx = data.random_batch(corpus.train, o.batch_size, o.seq_len, o.seed, step).to(device)  # (B, L)
             lr = common.learning_rate(step, o.steps, o.warmup, o.lr, o.final_lr)
-            generator = common.step_generator(o.seed, step, device)
+            generator, passes = common.step_generator(o.seed, step, device), []
             for part in idx.chunk(o.passes):
                 with amp:
                     loss, terms = vae_loss(vae, part, o.beta, o.mask_weight, o.mask_ratio, o.decoder_noise, generator)
                 (loss / o.passes).backward()
+                passes.append(dict(loss=loss.detach(), **terms))
             common.optimizer_step(optimizer, lr, o.clip)
 
             bar.update(tokens_per_step)
             if (step + 1) % o.log_every == 0 or step + 1 == o.steps:
-                run.record(bar, step + 1, lr, dict(loss=loss, **terms))
+                run.record(bar, step + 1, lr, passes)
             if (step + 1) % o.save_every == 0 or step + 1 == o.steps:
                 save(step + 1)
 

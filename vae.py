@@ -41,7 +41,7 @@ class VAEConfig:
     qk_bias: bool = False  # bias of the query/key/value projection
     bias: bool = True  # bias of every other linear layer
     encoder_last_ln: bool = True  # normalise mu, so that |mu|^2 = d: this fixes the scale of the latents
-    use_variation: bool = True  # False: a plain autoencoder, whose posterior has no variance
+    use_variation: bool = True  # False: a plain autoencoder, whose posterior has no variance, and mu always normalised
     scaling_factor: float = 1.0  # the DiT sees (z - shifting_factor) * scaling_factor
     shifting_factor: float = 0.0
     norm_eps: float = 1e-6
@@ -148,7 +148,8 @@ def attend(q, k, v, pos, mask=None, cache=None, layer=0):
     """softmax(q k^T / sqrt(D)) v, all (B, H, L, D), with the history in `cache` if there is one.
 
     A batch may have more rows than the cache: the rows beyond it have no history and see only the positions that
-    come with them.  Classifier-free guidance runs its unconditional branch that way, in the same batch.
+    come with them, all of them: one block.  Classifier-free guidance runs its unconditional branch that way, in the
+    same batch.
     """
     if cache is None:
         if q.requires_grad and q.device.type == "cpu":  # training: in bf16 2 to 3 times as fast as the fused kernel
@@ -163,8 +164,7 @@ def attend(q, k, v, pos, mask=None, cache=None, layer=0):
 
 def plain_attention(q, k, v, mask):
     """What `attend` computes, as three matrix products."""
-    B, H, L, D = q.shape
-    scores = q @ k.transpose(-2, -1) * D**-0.5  # (B, H, L, L)
+    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (B, H, L, L)
     if mask is not None:
         scores = scores + torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, float("-inf"))
     return scores.softmax(-1) @ v
@@ -376,9 +376,9 @@ def masked_view_loss(vae, idx, mask_ratio, generator=None):
     It keeps the latents from becoming a mere code book of single tokens: the latent of a hidden token can only come
     from its neighbours.  Returns a scalar in nats per masked token."""
     masked = torch.rand(idx.shape, generator=generator, device=idx.device) < mask_ratio
-    z = vae.encode(idx.masked_fill(masked, vae.mask_id)).sample(generator)
     if not masked.any():
-        return z.new_zeros(())
+        return torch.zeros((), device=idx.device)
+    z = vae.encode(idx.masked_fill(masked, vae.mask_id)).sample(generator)
     return token_cross_entropy(vae.decode(z)[masked], idx[masked])
 
 

@@ -6,7 +6,7 @@ import random
 import pytest
 
 import data
-from judge import NGramJudge, bits_per_byte, describe, yardsticks
+from judge import NGramJudge, bits_per_byte, describe, text_of, yardsticks
 
 TEXT = b"the cat sat on the mat\nthe dog sat on the log\n" * 3
 
@@ -43,14 +43,16 @@ def test_standard_error_over_texts():
 
 def test_description():
     texts = [b"the cat sat\nthe dog sat on the log\nthe c", b"a zebra sat on the mat"]
-    distinct, words, lines, copied = describe(texts, TEXT)
+    distinct, words, lines, copied = describe(texts, [b"\n"] * 2, TEXT)
     triples = ["the cat sat", "cat sat the", "sat the dog", "the dog sat", "dog sat on", "sat on the", "on the log"]
     triples += ["the log the", "log the c", "a zebra sat", "zebra sat on", "sat on the", "on the mat"]
     assert distinct == len(set(triples)) / len(triples)
     assert words == 14 / 17  # but c, a and zebra
     assert lines == 1 / 2  # "the cat sat" is new, the dog's line is not; the unfinished ones do not count
     assert copied == len(b"at\nthe dog sat on the log\nthe c")  # after "mat", as after "sat"
-    assert all(math.isnan(x) for x in describe([b""], TEXT)[:3])
+    assert describe([b"t sat\na zebra\nthe"], [b"the ca"], TEXT)[2] == 1.0  # the end of a line is no line
+    assert all(math.isnan(x) for x in describe([b""], [b"\n"], TEXT)[:3])
+    assert math.isnan(bits_per_byte(NGramJudge(TEXT), [b""], [b"\n"])[0])
 
 
 def test_yardsticks_are_ordered(tmp_path):
@@ -60,6 +62,8 @@ def test_yardsticks_are_ordered(tmp_path):
     corpus = data.prepare([str(source)], data.train_bpe(texts, 270), tmp_path / "tokens")
     judge = NGramJudge(TEXT)
     rows = yardsticks(corpus, 8, 12)
-    score = {name: bits_per_byte(judge, row, [b"\n"] * len(row))[0] for name, row in rows.items()}
+    score = {name: bits_per_byte(judge, *row)[0] for name, row in rows.items()}
+    (texts, before), held_out = rows["held-out text"], text_of(corpus.tokenizer, corpus.val.tolist())
+    assert b"".join(texts) == held_out[: sum(map(len, texts))] and before == [b"\n", *texts[:-1]]
     assert score["held-out text"] < score["bigram samples"] < score["unigram samples"]
     assert score["held-out text"] < score["words shuffled"]

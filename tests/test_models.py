@@ -91,10 +91,10 @@ def test_training_layout_leaks_nothing():
     """A clean latent reaches the noisy blocks after its own, a noisy latent its own block only."""
     dit, n, n_clean = small_dit(), 3 * BLOCK, 2 * BLOCK
     pos, mask = training_layout(n, n_clean, BLOCK, "cpu")
-    time_index = F.pad(torch.ones(1, n, dtype=torch.long), (n_clean, 0))
+    time_index = F.pad(torch.zeros(1, n, dtype=torch.long), (n_clean, 0), value=1)
 
     def noisy_half(x):
-        return dit(x, torch.tensor([[0.0, 0.5]]), time_index, pos=pos, mask=mask)[:, n_clean:]
+        return dit(x, torch.tensor([[0.5, 0.0]]), time_index, pos=pos, mask=mask)[:, n_clean:]
 
     x = torch.randn(1, n_clean + n, d)
     for position in range(n_clean):

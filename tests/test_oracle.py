@@ -86,13 +86,18 @@ def test_cached_velocity(model):
 
 
 @pytest.mark.parametrize("name", ["fm", "fm_prompt"])
-def test_flow_matching_loss_and_gradients(model, name):
+def test_flow_matching_loss_and_gradients(model, name, monkeypatch):
     info = CASE[f"{name}_info"]
     z0, z1 = padded(f"{name}.z0", f"{name}.lens"), padded(f"{name}.z1", f"{name}.lens")
-    valid = torch.arange(z0.shape[1]) < torch.tensor(info["unpadded_lens"])[:, None]
     prompt = padded(f"{name}.ts_noisy", f"{name}.lens") == 0
     t = EXPECTED[f"{name}.t"]
-    loss = flow.flow_matching_loss(model.dit, z0, z1, t, prompt, valid, EXPECTED[f"{name}.block_sizes"])
+    valid = torch.arange(z0.shape[1]) < torch.tensor(info["unpadded_lens"])[:, None]
+    loss, counts = 0, (valid & ~prompt).sum(1)
+    for i, block_size in enumerate(EXPECTED[f"{name}.block_sizes"].tolist()):  # each row has a block size of its own
+        monkeypatch.setattr(model.dit.config, "block_size", block_size)
+        row = [x[i : i + 1, : EXPECTED[f"{name}.lens"][i]] for x in (z0, z1, prompt, valid)]
+        one = flow.flow_matching_loss(model.dit, *row[:2], t[i : i + 1], *row[2:])
+        loss = loss + one * counts[i] / counts.sum()
     assert loss.item() == pytest.approx(info["loss"], rel=1e-5)
     model.dit.zero_grad()
     loss.backward()
@@ -107,7 +112,7 @@ def generation_case(name):
     run = CASE["e2e"][name]
     noise = EXPECTED["e2e.seeded_noise" if name == "seeded" else "e2e.noise"][: run["n_blocks"]]
     rows = 1 if name == "eos" else len(CASE["prompts"])
-    options = dict(max_new_tokens=run["max_new_tokens"], steps=run["timestep_num"], cfg_scale=run["guidance_scale"])
+    options = dict(steps=run["timestep_num"], cfg_scale=run["guidance_scale"])
     options |= dict(repetition_penalty=run["repetition_penalty"], max_new_tokens=12)
     return CASE["prompts"][:rows], noise[:, :rows], options, run["generated"]
 

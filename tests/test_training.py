@@ -176,6 +176,18 @@ def test_a_resumed_run_equals_an_uninterrupted_one(trained, text, tmp_path, monk
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
+def test_resuming_keeps_what_is_not_given_anew(tmp_path):
+    def options(**given):
+        return train_vae.Options(out=str(tmp_path), **given), set(given)
+
+    common.Run(*options(save_every=7, lr=0.5, device="cpu")).save(0)
+    resumed = common.Run(*options(resume=True)).options
+    assert (resumed.save_every, resumed.lr, resumed.device) == (7, 0.5, "cpu")
+    assert common.Run(*options(resume=True, save_every=9)).options.save_every == 9
+    with pytest.raises(ValueError, match="was started with --lr 0.5"):
+        common.Run(*options(resume=True, lr=0.1))
+
+
 def test_resuming_needs_the_same_text(trained, text, tmp_path, monkeypatch):
     """Token files that changed under a run would give its ids another meaning."""
     for size in (280, 290):
@@ -208,6 +220,8 @@ def test_passes_add_up_to_the_whole_batch(text, tmp_path, monkeypatch):
     one, four = (weights(tmp_path / f"passes{n}", "cola_vae") for n in (1, 4))
     difference = torch.cat([(one[name] - four[name]).flatten() for name in one]).abs()
     assert difference.mean() < 1e-6  # a step moves every weight by about lr = 2e-3
+    one, four = (json.loads((tmp_path / f"passes{n}" / "log.jsonl").read_text())["loss"] for n in (1, 4))
+    assert four == pytest.approx(one, rel=1e-5)  # the log has the mean over passes
 
 
 def test_options_with_several_values():
