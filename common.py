@@ -49,7 +49,7 @@ class SamplingOptions:
     max_new_tokens: int = option(64, "at most so many new tokens a sample", low=1)
     steps: int = option(16, "steps of the ODE solver per block", low=1)
     solver: str = option("euler", "ODE solver; heun evaluates the prior twice a step", choices=("euler", "heun"))
-    cfg_scale: float = option(4.0, "guidance: how strongly the history steers; 1: none; 7: released", low=0.0)
+    cfg_scale: float = option(3.0, "guidance: how strongly the history steers; 1: none; 7: released", low=0.0)
     temperature: float = option(0.0, "of the tokens; 0 takes the likeliest", low=0.0)
     top_k: int = option(0, "keep the k likeliest tokens; 0 keeps all", low=0)
     top_p: float = option(1.0, "keep the likeliest tokens of this total probability", low=0.0, high=1.0)
