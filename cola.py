@@ -77,12 +77,12 @@ class ColaDLM(nn.Module):
         self.vae, self.dit, self.tokenizer = vae, dit, tokenizer
 
     @classmethod
-    def from_pretrained(cls, folder, device="cpu", dtype=torch.float32):
-        """Load a folder in the released layout.  Raises ValueError or FileNotFoundError, in one line, for a missing
-        or damaged file, an option this implementation does not have, or tensors that are missing, extra or misshapen.
-        """
+    def from_pretrained(cls, folder, device="cpu", dtype=torch.float32, with_tokenizer=False):
+        """Load a folder in the released layout; with_tokenizer: only if there is a tokenizer.json.  Raises ValueError
+        or FileNotFoundError, in one line, for a missing or damaged file, an option this implementation does not have,
+        or tensors that are missing, extra or misshapen."""
         vae, dit = load_vae(folder, device, dtype), load_dit(folder, device, dtype)
-        return cls(vae, dit, find_tokenizer(folder, vae.config.vocab_size)).eval()
+        return cls(vae, dit, find_tokenizer(folder, vae.config.vocab_size, with_tokenizer)).eval()
 
     def save_pretrained(self, folder, dtype=torch.float32):
         """Write weights (in `dtype`), configurations and tokenizer in the released layout, each file complete or not at

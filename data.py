@@ -412,12 +412,10 @@ def open_corpus(source, folder, tokenizer, batch_size, seq_len, resume):
     """The Corpus of a training run: source is one folder made by `prepare`, or text as in `documents`, which is
     tokenized into `folder`, or was before when resuming.  tokenizer: a function that returns one, called only if
     needed.  Raises ValueError if the corpus cannot fill a batch."""
-    if len(source) == 1 and is_prepared(source[0]):
-        corpus = open_tokens(source[0])
-    elif resume:
-        corpus = open_tokens(folder)
-    else:
-        corpus = prepare(source, tokenizer(), folder, batch_size, seq_len)
+    prepared = len(source) == 1 and is_prepared(source[0])
+    if not prepared and not resume:
+        return prepare(source, tokenizer(), folder, batch_size, seq_len)
+    corpus = open_tokens(source[0] if prepared else folder)
     check_length(len(corpus.train), len(corpus.val), batch_size, seq_len)
     return corpus
 

@@ -55,12 +55,10 @@ def bits_per_byte(judge, texts, contexts):
     """Of all texts together, with its standard error over texts (that of a ratio)."""
     bits = [judge.bits(text, context) for text, context in zip(texts, contexts, strict=True)]
     total = sum(map(len, texts))
-    if total == 0:  # nothing but empty texts
-        return math.nan, math.nan
-    mean = sum(bits) / total
+    mean = share(sum(bits), total)  # nan if all texts are empty
     deviations = [b - mean * len(text) for b, text in zip(bits, texts, strict=True)]
     n = len(texts)
-    return mean, math.sqrt(n / max(n - 1, 1) * sum(d * d for d in deviations)) / total
+    return mean, share(math.sqrt(n / max(n - 1, 1) * sum(d * d for d in deviations)), total)
 
 
 def describe(texts, contexts, known):
@@ -148,9 +146,7 @@ def main():
             raise ValueError(f"{name} holds no text")
         rows[name] = texts, [START] * len(texts)
     if o.model:
-        model = ColaDLM.from_pretrained(o.model, pick_device(o.device))
-        if model.tokenizer is None:
-            raise ValueError(f"{o.model} has no tokenizer.json")
+        model = ColaDLM.from_pretrained(o.model, pick_device(o.device), with_tokenizer=True)
         data.check_same(corpus.tokenizer, model.tokenizer)
         data.check_length(len(corpus.train), len(corpus.val), 1, o.prompt_tokens)
 

@@ -36,9 +36,7 @@ def main():
     folder = o.model or ("runs/cola" if Path("runs/cola").exists() else PRETRAINED)
     if not o.model:
         print(f"model: {folder}", file=sys.stderr)
-    model = ColaDLM.from_pretrained(folder, device, torch.bfloat16 if bf16 else torch.float32)
-    if model.tokenizer is None:
-        raise ValueError(f"{folder} has no tokenizer.json")
+    model = ColaDLM.from_pretrained(folder, device, torch.bfloat16 if bf16 else torch.float32, with_tokenizer=True)
     settings = o.settings() | dict(eos_id=model.tokenizer.eot_token if o.stop_at_eos else None)
     prompts = [prompt for prompt in o.prompt for _ in range(o.num_samples)]
     after = [prompt or END_OF_TEXT for prompt in prompts]  # after the end of a document begins a new one
