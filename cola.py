@@ -16,6 +16,7 @@ import json
 import math
 import operator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -25,8 +26,8 @@ from safetensors.torch import save_file
 from common import replacing
 from data import decode_bytes, encode_prompt, load_tokenizer, save_tokenizer
 from dit import ROPE_THETA, DiT, DiTConfig
-from flow import guide, solve
-from vae import TextVAE, VAEConfig, rope_freqs
+from flow import block_sum, guide, log_prob, solve
+from vae import Posterior, TextVAE, VAEConfig, rope_freqs
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Choosing tokens
@@ -76,6 +77,10 @@ class ColaDLM(nn.Module):
         check_fit(vae.config, dit.config)
         self.vae, self.dit, self.tokenizer = vae, dit, tokenizer
 
+    @property
+    def device(self):
+        return next(self.parameters()).device
+
     @classmethod
     def from_pretrained(cls, folder, device="cpu", dtype=torch.float32, with_tokenizer=False):
         """Load a folder in the released layout; with_tokenizer: only if there is a tokenizer.json.  Raises ValueError
@@ -101,10 +106,29 @@ class ColaDLM(nn.Module):
             results = [old + new for old, new in zip(results, pieces, strict=True)] if results else pieces
         return results
 
+    def stream(self, prompts, max_new_tokens=64, eos_id=None, **options):
+        """Generate block by block; after each block, yield the new tokens of every prompt (ids for ids, str for str).
+
+        prompts: list of str or of lists of token ids, of any lengths; an empty one asks for unconditional text.
+        max_new_tokens: at most so many for each prompt.
+        eos_id: a row ends before this token; None: nothing ends it early.
+        options: those of `blocks`, which does the work.  Raises ValueError for options out of range, for ids outside
+        the vocabulary, and for text without a tokenizer.
+
+        Where the released code surprises a user, this does not: it cuts at the end-of-text token if told which it is,
+        ends rows one by one, never counts prompt positions as new tokens, stops at max_new_tokens rather than at the
+        next full block, takes empty prompts, and makes no cache entry for a last block that nobody reads."""
+        ids = prompt_ids(self.tokenizer, prompts)
+        writers = [Writer(self.tokenizer if isinstance(p, str) else None, eos_id, max_new_tokens) for p in prompts]
+        for block in self.blocks(ids, max_new_tokens, **options):
+            yield [writer.write(row, block.last) for writer, row in zip(writers, block.new, strict=True)]
+            if all(writer.done for writer in writers):
+                return
+
     @torch.no_grad()
-    def stream(
+    def blocks(
         self,
-        prompts,
+        ids,
         max_new_tokens=64,
         steps=16,
         cfg_scale=7.0,
@@ -113,44 +137,39 @@ class ColaDLM(nn.Module):
         top_k=0,
         top_p=1.0,
         repetition_penalty=1.0,
-        eos_id=None,
         pad_id=None,
         seed=0,
+        row_ids=None,
         noise=None,
         round_time=False,
     ):
-        """Generate block by block; after each block, yield the new tokens of every prompt (ids for ids, str for str).
+        """The block generator: yield a `Block` of latents and tokens at a time, until max_new_tokens are there.
 
-        prompts: list of str or of lists of token ids, of any lengths; an empty one asks for unconditional text.
-        max_new_tokens: at most so many for each prompt.
+        ids: a list of token ids for every row.
         steps, solver: of the ODE from noise to latent, "euler" or "heun" (two evaluations a step).
         cfg_scale: guidance u + s (c - u) of the block with its history over the block without; 1 skips the second.
         temperature: 0 takes the likeliest token at each position; otherwise top_k and top_p apply (0 and 1: off).
         repetition_penalty: as released, the ids that count are the model's own predictions of earlier blocks.
-        eos_id: a row ends before this token; None: nothing ends it early.  pad_id: fills the prompt's last block for
-        the encoder (where, in the released model, it matters); default the last id of the vocabulary.
-        seed: row i of block b draws its noise from a generator seeded seed + 1000 i + 10^7 b, as in the released code,
-        so a row does not depend on the rest of the batch.  noise: (n_blocks, B, block_size, d) instead; generation
-        ends with the last block of noise.
+        pad_id: fills the prompt's last block for the encoder (where, in the released model, it matters); default the
+        last id of the vocabulary.
+        seed, row_ids: a row draws the noise of block b from a generator seeded seed + 1000 row_id + 10^7 b, as in the
+        released code, so it does not depend on the rest of the batch; default 0, 1, 2, ...
+        noise: (n_blocks, B, block_size, d) instead; generation ends with the last block of noise.
         round_time: round 1000 t to bfloat16, which the released code does on a GPU; only for comparisons with it.
-        Raises ValueError for options out of range, for ids outside the vocabulary, and for text without a tokenizer.
 
-        Where the released code surprises a user, this does not: it cuts at the end-of-text token if told which it is,
-        ends rows one by one, never counts prompt positions as new tokens, stops at max_new_tokens rather than at the
-        next full block, takes empty prompts, and makes no cache entry for a last block that nobody reads.  What stays,
-        because the numbers depend on it: the decoder reads latents as the DiT left them, still shifted and scaled; and
-        with patch_size 2 the second half of an odd prompt's last latent, which was encoded with padding there, is
-        decoded like a new token (or, where it ends a block, passed over).
+        Kept as released, because the numbers depend on it: the decoder reads latents as the DiT left them, still
+        shifted and scaled; and with patch_size 2 the second half of an odd prompt's last latent, which was encoded with
+        padding there, is decoded like a new token (or, where it ends a block, passed over).
         """
         check_options(max_new_tokens, steps, cfg_scale, solver, temperature, top_k, top_p, repetition_penalty, seed)
-        c, device = self.vae.config, self.vae.decoder.in_layer.weight.device
+        c, device = self.vae.config, self.device
         block_size, chunk, d = c.block_size, c.block_size * c.patch_size, c.latent_dim
-        ids = prompt_ids(self.tokenizer, prompts)
         pad_id = c.vocab_size - 1 if pad_id is None else pad_id
         check_ids(ids + [[pad_id]], c.vocab_size)
         if not ids:
             return
         B = len(ids)
+        row_ids = range(B) if row_ids is None else row_ids
 
         # 1. Encode the prompts.  Whole blocks are history; the latents left over open the first generated block, and
         # the tokens left over are the slots of that block which are not new.
@@ -190,10 +209,9 @@ class ColaDLM(nn.Module):
         clean = clean.to(device) if clean.any() else None
 
         seen = torch.zeros(B, c.vocab_size, dtype=torch.bool, device=device)  # ids predicted in earlier blocks
-        writers = [Writer(self.tokenizer if isinstance(p, str) else None, eos_id, max_new_tokens) for p in prompts]
         for b in range(n_blocks):
             # 3. Noise to latents, given the history.
-            generators = [torch.Generator().manual_seed(seed + 1000 * i + 10_000_000 * b) for i in range(B)]
+            generators = block_generators(seed, row_ids, b)
             z = torch.stack([torch.randn(block_size, d, generator=g) for g in generators])
             z = (z if noise is None else noise[b]).to(device, torch.float32)  # (B, block_size, d)
             if clean is not None:
@@ -209,16 +227,14 @@ class ColaDLM(nn.Module):
             tokens = pick_tokens(logits, uniform, temperature, top_k, top_p)  # (B, chunk)
             seen.scatter_(1, tokens, True)
             last = b == n_blocks - 1
-            new = [row[slots:] for row, slots in zip(tokens.tolist(), n_slots, strict=True)]
-            yield [writer.write(row, last) for writer, row in zip(writers, new, strict=True)]
+            yield Block(z, [row[slots:] for row, slots in zip(tokens.tolist(), n_slots, strict=True)], last)
 
             # 5. The finished block becomes history, at t = 0.
-            if last or all(writer.done for writer in writers):
-                return
-            self.dit(z, modulation=at_zero, cache=dit_cache)
-            dit_cache.commit(block_size)
-            vae_cache.commit(block_size)
-            clean, n_slots = None, [0] * B
+            if not last:
+                self.dit(z, modulation=at_zero, cache=dit_cache)
+                dit_cache.commit(block_size)
+                vae_cache.commit(block_size)
+                clean, n_slots = None, [0] * B
 
     def guided_velocity(self, modulation, cache, cfg_scale, clean):
         """The velocity of one block as a function (z (B, block_size, d), step) -> (B, block_size, d).
@@ -239,6 +255,99 @@ class ColaDLM(nn.Module):
             return v if clean is None else v.masked_fill(clean[..., None], 0.0)
 
         return velocity
+
+
+    def log_prob(self, texts, n_samples=1, **options):
+        """log p(x) of every text (str or ids), in nats, (B,): a lower bound in expectation, from n_samples samples.
+
+        One sample is the ELBO, log p(x | z0) + log p(z0) - log q(z0 | x) with z0 ~ q(z0 | x); more give the tighter
+        importance-weighted bound (arXiv:1509.00519), the log of the mean weight.  options: of `log_weights`."""
+        log_w = self.log_weights(prompt_ids(self.tokenizer, texts), n_samples, **options).total  # (K, B)
+        return log_w.logsumexp(0) - math.log(n_samples)
+
+    def conditional_log_prob(self, prompts, responses, n_samples=1, row_ids=None, **options):
+        """log p(response | prompt) = log p(prompt, response) - log p(prompt), in nats, (B,).
+
+        Both terms are bounds, so the difference is none; but they share their random numbers, and with one sample all
+        that belongs to whole blocks of the prompt cancels.  Rows to be compared, such as the answers to one question,
+        should share a row_id.  A prompt or response: str or ids."""
+        before, after = prompt_ids(self.tokenizer, prompts), prompt_ids(self.tokenizer, responses)
+        whole = [a + b for a, b in zip(before, after, strict=True)]
+        row_ids = list(range(len(whole)) if row_ids is None else row_ids)
+        log_p = self.log_prob(whole + before, n_samples, row_ids=row_ids * 2, **options)
+        return log_p[: len(whole)] - log_p[len(whole) :]
+
+    @torch.no_grad()
+    def log_weights(self, ids, n_samples=1, steps=64, read_time=0.0, exact=False, pad_id=None, seed=0, row_ids=None):
+        """The terms of log p(x, z0) / q(z0 | x) for n_samples draws z0 ~ q(z0 | x): `LogWeights` of (K, B), in nats.
+
+        ids: a list of token ids for every row.  The last block is padded for the encoder, with pad_id as in `blocks`;
+        what the padding says is left open and costs nothing.
+        steps, exact: of the flow's likelihood (`flow.log_prob`); exact: without Hutchinson's estimator.
+        read_time: 0 is the paper's model.  Above 0 it is another reading of the same networks, not in the paper: the
+        flow stops at this time, the decoder reads the latent z_t found there, and the encoder turns the tokens into the
+        history of the next block.  The latent variable is z_t, and q(z_t | x) is q(z0 | x) noised to that time.  The
+        bound can be far tighter, since the finest detail of the latents, which no decoder needs, is not asked for.
+        seed, row_ids: of the random numbers, as in `blocks`.
+        Raises ValueError for an autoencoder without variance and for ids outside the vocabulary."""
+        c, device = self.vae.config, self.device
+        if not c.use_variation:
+            raise ValueError("this VAE has no variance (use_variation is false), hence no likelihood")
+        pad_id = c.vocab_size - 1 if pad_id is None else pad_id
+        check_ids(ids + [[pad_id]], c.vocab_size)
+        if not any(ids):
+            return LogWeights(*torch.zeros(3, n_samples, len(ids), device=device))
+        shape, chunk = (c.block_size, c.latent_dim), c.block_size * c.patch_size
+        idx = pad_rows(ids, chunk, pad_id, device)
+        lengths = torch.tensor([len(row) for row in ids], device=device)
+        is_text = torch.arange(idx.shape[1], device=device) < lengths[:, None]  # (B, L)
+        is_block = is_text[:, ::chunk]  # (B, n_blocks)
+        posterior = self.vae.encode(idx)
+        q0 = Posterior(self.vae.to_dit(posterior.mu), posterior.logvar + 2 * math.log(c.scaling_factor))
+        qt = q0.noised(read_time) if read_time > 0 else q0
+        row_ids = range(len(ids)) if row_ids is None else row_ids
+        generators = [block_generators(seed, row_ids, b) for b in range(is_block.shape[1])]
+
+        def draw():  # (B, n, d) of N(0, I); the numbers of a block do not depend on what follows it
+            blocks = [[torch.randn(shape, generator=g) for g in block] for block in generators]
+            return torch.cat([torch.stack(block) for block in blocks], dim=1).to(device)
+
+        terms = []
+        for _ in range(n_samples):
+            eps, probe = draw(), draw().sign()
+            z0 = q0.at(eps)
+            zt = qt.at(draw()) if read_time > 0 else z0
+            log_p_x = self.vae.log_likelihood(zt, idx)  # (B, L)
+            log_p_z = log_prob(self.dit, z0, zt, read_time, steps, None if exact else probe)  # (B, n_blocks)
+            log_q = block_sum(qt.log_prob(zt), c.block_size)  # (B, n_blocks)
+            terms.append([(log_p_x * is_text).sum(1), (log_p_z * is_block).sum(1), (log_q * is_block).sum(1)])
+        return LogWeights(*(torch.stack(term) for term in zip(*terms, strict=True)))
+
+
+class LogWeights(NamedTuple):
+    """Of latents drawn from the posterior, each (K, B), in nats."""
+
+    decoder: torch.Tensor  # log p(x | z)
+    prior: torch.Tensor  # log p(z)
+    posterior: torch.Tensor  # log q(z | x)
+
+    @property
+    def total(self):
+        """log of p(x, z) / q(z | x)."""
+        return self.decoder + self.prior - self.posterior
+
+
+class Block(NamedTuple):
+    """One generated block of all rows."""
+
+    z: torch.Tensor  # (B, block_size, d), in the units of the DiT
+    new: list[list[int]]  # the tokens of each row, those of the prompt excepted
+    last: bool  # no block will follow
+
+
+def block_generators(seed, row_ids, block):
+    """The random numbers of one block, a torch.Generator for each row."""
+    return [torch.Generator().manual_seed(seed + 1000 * i + 10_000_000 * block) for i in row_ids]
 
 
 class Writer:

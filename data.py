@@ -11,6 +11,7 @@ import ast
 import contextlib
 import functools
 import heapq
+import importlib.util
 import json
 import re
 import sys
@@ -37,7 +38,7 @@ PIECE = 1 << 16  # characters; longer files are cut at line ends, and each piece
 
 def documents(source):
     """Yield the documents of a corpus: source is a list of files, of folders, and of the texts that ship inside Python,
-    "names" and "pydoc".
+    "names", "pydoc" and "summaries".
 
     .jsonl files hold one {"text": ...} a line; every other file is one UTF-8 text; folders are searched for .txt, .md
     and .jsonl.  Nothing is held in memory but the current piece.  Raises ValueError or FileNotFoundError for what
@@ -56,23 +57,23 @@ def documents(source):
         if not files:
             raise ValueError(f"{path} holds no .txt, .md or .jsonl file")
         for file in files:
-            try:
-                yield from jsonl_documents(file) if file.suffix == ".jsonl" else text_pieces(file)
-            except UnicodeDecodeError:
-                raise ValueError(f"{file} is not UTF-8 text: see line {first_undecodable_line(file)}") from None
+            yield from jsonl_documents(file) if file.suffix == ".jsonl" else text_pieces(file)
 
 
-def first_undecodable_line(file):
-    with open(file, "rb") as f:
-        for number, line in enumerate(f, 1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError:
-                return number
+@contextlib.contextmanager
+def open_text(file):
+    """The file as UTF-8 text, open for reading.  Raises ValueError that names the first line which is none."""
+    with open(file, encoding="utf-8-sig") as f:
+        try:
+            yield f
+        except UnicodeDecodeError:
+            with open(file, "rb") as raw:
+                number = next(i for i, line in enumerate(raw, 1) if line.decode("utf-8", "ignore").encode() != line)
+            raise ValueError(f"{file} is not UTF-8 text: see line {number}") from None
 
 
 def text_pieces(file):
-    with open(file, encoding="utf-8-sig") as f:
+    with open_text(file) as f:
         piece, size = [], 0
         while line := f.readline(PIECE):
             if size + len(line) > PIECE:
@@ -84,16 +85,41 @@ def text_pieces(file):
             yield "".join(piece)
 
 
-def jsonl_documents(file):
-    with open(file, encoding="utf-8-sig") as f:
+def numbered_objects(file):
+    """Yield number and object of every line of a JSONL file that is not blank; None in place of anything else."""
+    with open_text(file) as f:
         for number, line in enumerate(f, 1):
             if line.strip():
                 try:
-                    text = json.loads(line)["text"]
-                except (ValueError, KeyError, TypeError):
-                    text = None
-                if not isinstance(text, str):
-                    raise ValueError(f'{file} line {number} is not an object with a "text" string')
+                    content = json.loads(line)
+                except ValueError:
+                    content = None
+                yield number, content if isinstance(content, dict) else None
+
+
+def jsonl_documents(file):
+    for number, content in numbered_objects(file):
+        text = None if content is None else content.get("text")
+        if not isinstance(text, str):
+            raise ValueError(f'{file} line {number} is not an object with a "text" string')
+        yield text
+
+
+def docstrings(folder):
+    """Yield all docstrings of the Python files in a folder, those of tests and of bundled old packages excepted."""
+    skipped = {"site-packages", "dist-packages", "test", "tests", "testing", "idlelib", "lib2to3"}
+    for file in sorted(folder.rglob("*.py")):
+        if skipped & set(file.relative_to(folder).parts):
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # old code, not our business
+                tree = ast.parse(file.read_bytes())
+        except (SyntaxError, ValueError, OSError):
+            continue
+        for node in ast.walk(tree):
+            documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+            if documented and (text := ast.get_docstring(node)):
                 yield text
 
 
@@ -104,23 +130,21 @@ def pydoc_documents():
     Cached, for parsing the library takes seconds."""
     from pydoc_data.topics import topics
 
-    texts = [topics[name] for name in sorted(topics)]
     library = Path(sysconfig.get_path("stdlib"))
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
-    for file in sorted(library.rglob("*.py")):
-        if skipped & set(file.relative_to(library).parts):
-            continue
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # old code in the library, not our business
-                tree = ast.parse(file.read_bytes())
-        except (SyntaxError, ValueError, OSError):
-            continue
-        for node in ast.walk(tree):
-            documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
-            if documented and (text := ast.get_docstring(node)):
-                texts.append(text + "\n")
-    return texts
+    return [topics[name] for name in sorted(topics)] + [text + "\n" for text in docstrings(library)]
+
+
+@functools.cache
+def docstring_summaries():
+    """A list of sentences like "Return a copy of the graph.": the first paragraphs of docstrings, each but once.
+
+    Of the standard library and of four packages that come with requirements.txt (two of them with torch)."""
+    packages = [importlib.util.find_spec(name) for name in ("torch", "numpy", "sympy", "networkx")]
+    folders = [Path(sysconfig.get_path("stdlib"))] + [Path(spec.origin).parent for spec in packages if spec]
+    texts = (text for folder in folders for text in docstrings(folder))
+    paragraphs = (text.split("\n\n")[0] for text in texts)
+    sentences = (" ".join(paragraph.split()) for paragraph in paragraphs if "\n " not in paragraph)  # no tables
+    return list(dict.fromkeys(text for text in sentences if re.fullmatch(r"[A-Z][^>]*\.", text)))
 
 
 # Kinds of characters that are numbered, or named by a rule, hundreds or thousands at a time.
@@ -138,7 +162,7 @@ def unicode_names():
     return sorted(names, key=lambda name: (zlib.crc32(name.encode()), name))
 
 
-BUILT_IN = dict(names=unicode_names, pydoc=pydoc_documents)
+BUILT_IN = dict(names=unicode_names, pydoc=pydoc_documents, summaries=docstring_summaries)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

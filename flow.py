@@ -7,6 +7,8 @@ Data sit at t = 0 and noise at t = 1 (several other libraries have it the other 
 so generation integrates the velocity from t = 1 down to t = 0 (Eq. 2.1.2).
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -37,28 +39,42 @@ def flow_matching_loss(dit, z0, z1, t, prompt=None, valid=None):
     prompt: bool (B, n), latents that stay clean and carry no loss; valid: bool (B, n), False on padding, which carries
     none either.  Returns the mean squared velocity error per channel, a scalar.
 
-    Layout: [clean z0 without its last block | noisy z_t], both at the same positions, so that every noisy block is
-    predicted from exactly the clean history that the sampler's cache would hold; the last clean block is nobody's
-    history.  History and target are constants; in joint training the gradient reaches the encoder through z_t alone,
-    or it could shorten the loss by moving its own target.
-    """
-    n, block_size = z0.shape[1], dit.config.block_size
-    n_clean = (n - 1) // block_size * block_size
-    clean, target = z0.detach(), z1 - z0.detach()
-    zt = torch.lerp(z0, z1, t[:, None, None])
+    History and target are constants; in joint training the gradient reaches the encoder through z_t alone, or it could
+    shorten the loss by moving its own target."""
     still = torch.zeros(z0.shape[:2], dtype=torch.bool, device=z0.device) if prompt is None else prompt
-    zt = torch.where(still[..., None], clean, zt)
-    pos, mask = training_layout(n, n_clean, block_size, z0.device)
+    counts = ~still if valid is None else ~still & valid
+    return (velocity_error(dit, z0, z1, t, still) * counts).sum() / counts.sum().clamp(min=1)
+
+
+def velocity_error(dit, z0, z1, t, still=None):
+    """(v - (z1 - z0))^2 at z_t, the mean over channels: (B, n).  Arguments as in `flow_matching_loss`."""
+    clean = z0.detach()
+    zt = torch.lerp(z0, z1, t[:, None, None])
+    if still is not None:
+        zt = torch.where(still[..., None], clean, zt)
+    return (layout_velocity(dit, clean, zt, t, still) - (z1 - clean)).square().mean(-1)
+
+
+def layout_velocity(dit, clean, zt, t, still=None):
+    """The velocity of all blocks of a sequence in one pass, each with its own clean history.  (B, n, d)
+
+    clean (B, n, d): the finished latents; zt (B, n, d): every block on its way; t (B or 1,); still: bool (B, n), which
+    latents of zt are clean and have time 0.
+
+    Layout: [clean without its last block | zt], both at the same positions, so that every noisy block is predicted from
+    exactly the clean history that the sampler's cache would hold; the last clean block is nobody's history."""
+    n, block_size = zt.shape[1], dit.config.block_size
+    n_clean = (n - 1) // block_size * block_size
+    pos, mask = training_layout(n, n_clean, block_size, zt.device)
+    still = torch.zeros(1, n, dtype=torch.long, device=zt.device) if still is None else still.long()
     v = dit(
         torch.cat([clean[:, :n_clean], zt], dim=1),  # (B, n_clean + n, d)
         t=torch.stack([t, torch.zeros_like(t)], dim=1),
-        time_index=F.pad(still.long(), (n_clean, 0), value=1),  # 1: time 0, of all that is clean
+        time_index=F.pad(still, (n_clean, 0), value=1),  # 1: time 0, of all that is clean
         pos=pos,
         mask=mask,
     )
-    error = (v[:, n_clean:] - target).square().mean(-1)  # (B, n)
-    counts = ~still if valid is None else ~still & valid
-    return (error * counts).sum() / counts.sum().clamp(min=1)
+    return v[:, n_clean:]
 
 
 def training_layout(n, n_clean, block_size, device):
@@ -86,3 +102,41 @@ def solve(velocity, z, times, solver="euler"):
             v = (v + velocity(z + dt * v, i + 1)) / 2
         z = z + dt * v
     return z
+
+
+def log_prob(dit, clean, zt=None, start=0.0, steps=64, probe=None):
+    """log p(zt | clean history) of every block at the time `start`, in nats, (B, n_blocks); no gradient.
+
+    clean (B, n, d): the finished latents; zt (B, n, d): those whose density is asked for, default the finished ones.
+    Along the flow, d log p(z_t) / dt = -div v (section 7), so if zt comes from the noise z1,
+
+        log p(zt) = log N(z1; 0, I) + integral from start to 1 of div v dt.
+
+    All blocks are solved at once, with `steps` steps of Heun's method, shortest near `start`, where densities of data
+    are narrow.  probe (B, n, d) of random signs e: Hutchinson's unbiased estimate e^T J e of the divergence, with the
+    same e all along the way.  None: the exact divergence, which costs block_size * d times as much."""
+    block_size = dit.config.block_size
+    B, n, d = clean.shape
+    times = start + (1 - start) * torch.linspace(0, 1, steps + 1, device=clean.device) ** 2
+    if probe is None:
+        place = torch.arange(n, device=clean.device)[:, None] % block_size * d + torch.arange(d, device=clean.device)
+        probes = [(place == k).float().expand(B, n, d) for k in range(block_size * d)]  # one channel of every block
+    else:
+        probes = [probe]
+
+    def velocity(state, i):  # state (B, n, d + 1): the latents and, in the last channel, the integral so far
+        with torch.enable_grad():
+            z = state[..., :d].detach().requires_grad_()
+            v = layout_velocity(dit, clean, z, times[i : i + 1])
+            # A block depends on no other noisy block: the Jacobian of all is made of each block's own.
+            div = sum((torch.autograd.grad(v, z, e, retain_graph=True)[0] * e).sum(-1) for e in probes)  # (B, n)
+        return torch.cat([v.detach(), div[..., None]], dim=-1)
+
+    state = solve(velocity, F.pad(clean if zt is None else zt, (0, 1)), times, "heun")
+    z1, integral = state[..., :d], state[..., d]
+    return block_sum(integral - 0.5 * (z1.square() + math.log(2 * math.pi)).sum(-1), block_size)
+
+
+def block_sum(x, block_size):
+    """Sums over the latents of each block: (B, n) -> (B, n_blocks)."""
+    return F.pad(x, (0, -x.shape[1] % block_size)).unflatten(1, (-1, block_size)).sum(-1)

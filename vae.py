@@ -202,8 +202,19 @@ class Posterior:
         """mu + sigma * eps, differentiable in mu and sigma.  (B, n, d)"""
         if self.logvar is None:
             return self.mu
-        eps = torch.randn(self.mu.shape, generator=generator, device=self.mu.device)
+        return self.at(torch.randn(self.mu.shape, generator=generator, device=self.mu.device))
+
+    def at(self, eps):
         return self.mu + torch.exp(0.5 * self.logvar) * eps
+
+    def log_prob(self, z):
+        """log q(z | x) in nats per latent.  (B, n)"""
+        squares = (z - self.mu).square() * torch.exp(-self.logvar)
+        return -0.5 * (squares + self.logvar + math.log(2 * math.pi)).sum(-1)
+
+    def noised(self, t):
+        """q(z_t | x), the posterior of (1 - t) z0 + t z1 with noise z1 ~ N(0, I)."""
+        return Posterior((1 - t) * self.mu, torch.log((1 - t) ** 2 * torch.exp(self.logvar) + t**2))
 
     def kl(self, other=None):
         """KL to another Posterior, or to N(0, I), in nats per latent.  (B, n)"""
@@ -217,8 +228,7 @@ class Posterior:
         """Differential entropy in nats per latent, -E[log q(z0 | x)]; 0, a dropped term, without variance.  (B, n)"""
         if self.logvar is None:
             return torch.zeros_like(self.mu[..., 0])
-        log_2pi_e = 2.8378770664093453
-        return 0.5 * (self.logvar + log_2pi_e).sum(-1)
+        return 0.5 * (self.logvar + math.log(2 * math.pi) + 1).sum(-1)
 
     def log_snr(self):
         """log(mean mu^2 / mean sigma^2) over everything: how far the latents stand out of their own noise."""
@@ -346,6 +356,10 @@ class TextVAE(nn.Module):
         x = self.decoder.unpatch_layer(x)  # (B, n, C*p)
         x = x.unflatten(-1, (c.dim, c.patch_size)).transpose(2, 3).flatten(1, 2)  # (B, n*p, C)
         return self.decoder.final_layer(self.decoder.final_norm(x))
+
+    def log_likelihood(self, z, idx):
+        """log p(x | z0) of every token, in nats: z (B, n, d), idx (B, n*p) -> (B, n*p)."""
+        return -F.cross_entropy(self.decode(z).float().transpose(1, 2), idx, reduction="none")
 
     def new_cache(self, batch_size, max_len):
         """A cache for `decode` that holds max_len latents a row."""

@@ -1,10 +1,15 @@
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+VAE_SIZE = "--dim 32 --ffn-dim 64 --n-head 2 --n-encoder-layer 1 --n-decoder-layer 1 --latent-dim 4 --block-size 4"
+PRIOR_SIZE = "--dim 32 --n-head 2 --head-dim 16 --rope-dim 8 --n-layer 1"
+COMMON = "--device cpu --precision fp32 --batch-size 4 --seq-len 32 --log-every 1"
 
 
 @pytest.fixture
@@ -26,3 +31,43 @@ def generated_latents(monkeypatch):
 def deterministic():
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The scripts, run as a user runs them
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    lines = (f"Line {i}: the cat number {i * 7 % 13} sat on the mat number {i * 5 % 11}." for i in range(300))
+    (folder / "cats.txt").write_text("\n".join(lines))
+    (folder / "empty.txt").write_text("")
+    return folder
+
+
+def run(script, arguments, cwd):
+    command = [sys.executable, str(ROOT / script), *arguments.split()]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=100)
+
+
+def call(main, arguments, monkeypatch, cwd):
+    """As `run`, but in this process, which saves the seconds that importing torch takes."""
+    monkeypatch.chdir(cwd)
+    monkeypatch.setattr(sys, "argv", ["script", *arguments.split()])
+    main()
+
+
+@pytest.fixture(scope="session")
+def trained(text, tmp_path_factory):
+    """A folder in which both stages have run for a few steps."""
+    import train_prior
+    import train_vae
+
+    cwd = tmp_path_factory.mktemp("trained")
+    steps = "--steps 6 --save-every 3"
+    with pytest.MonkeyPatch.context() as patch:
+        call(train_vae.main, f"--data {text} --vocab-size 300 {VAE_SIZE} {COMMON} {steps}", patch, cwd)
+        call(train_prior.main, f"{PRIOR_SIZE} {COMMON} {steps}", patch, cwd)
+        call(train_prior.main, f"{PRIOR_SIZE} {COMMON} {steps} --joint --out runs/joint", patch, cwd)
+    return cwd

@@ -3,14 +3,12 @@
 import importlib
 import json
 import shutil
-import subprocess
-import sys
 from itertools import pairwise
-from pathlib import Path
 
 import autoregressive
 import pytest
 import torch
+from conftest import COMMON, PRIOR_SIZE, VAE_SIZE, call, run
 from safetensors.torch import load_file
 
 import common
@@ -22,11 +20,6 @@ from cola import ColaDLM
 from dit import DiT, DiTConfig
 from flow import flow_matching_loss, sample_times, simulated_prompts
 from vae import TextVAE, VAEConfig, token_accuracy, token_cross_entropy, vae_loss
-
-ROOT = Path(__file__).parent.parent
-VAE_SIZE = "--dim 32 --ffn-dim 64 --n-head 2 --n-encoder-layer 1 --n-decoder-layer 1 --latent-dim 4 --block-size 4"
-PRIOR_SIZE = "--dim 32 --n-head 2 --head-dim 16 --rope-dim 8 --n-layer 1"
-COMMON = "--device cpu --precision fp32 --batch-size 4 --seq-len 32 --log-every 1"
 
 
 def test_one_batch_is_learned_until_sampling_gives_it_back():
@@ -66,39 +59,6 @@ def test_one_batch_is_learned_until_sampling_gives_it_back():
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The scripts, run as a user runs them
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    lines = (f"Line {i}: the cat number {i * 7 % 13} sat on the mat number {i * 5 % 11}." for i in range(300))
-    (folder / "cats.txt").write_text("\n".join(lines))
-    (folder / "empty.txt").write_text("")
-    return folder
-
-
-def run(script, arguments, cwd):
-    command = [sys.executable, str(ROOT / script), *arguments.split()]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=100)
-
-
-def call(main, arguments, monkeypatch, cwd):
-    """As `run`, but in this process, which saves the seconds that importing torch takes."""
-    monkeypatch.chdir(cwd)
-    monkeypatch.setattr(sys, "argv", ["script", *arguments.split()])
-    main()
-
-
-@pytest.fixture(scope="module")
-def trained(text, tmp_path_factory):
-    """A folder in which both stages have run for a few steps."""
-    cwd = tmp_path_factory.mktemp("trained")
-    steps = "--steps 6 --save-every 3"
-    with pytest.MonkeyPatch.context() as patch:
-        call(train_vae.main, f"--data {text} --vocab-size 300 {VAE_SIZE} {COMMON} {steps}", patch, cwd)
-        call(train_prior.main, f"{PRIOR_SIZE} {COMMON} {steps}", patch, cwd)
-        call(train_prior.main, f"{PRIOR_SIZE} {COMMON} {steps} --joint --out runs/joint", patch, cwd)
-    return cwd
 
 
 def test_sampling_from_the_command_line(trained):
@@ -229,7 +189,10 @@ def test_options_with_several_values():
     assert options.data == ("a", "b") and given == {"data"}
 
 
-@pytest.mark.parametrize("script", ["train_vae.py", "train_prior.py", "sample.py", "data.py", "judge.py"])
+SCRIPTS = ["train_vae.py", "train_prior.py", "sample.py", "data.py", "judge.py", "evaluate.py"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_help_lists_every_option_with_its_default(script, tmp_path):
     done = run(script, "--help", tmp_path)
     assert done.returncode == 0

@@ -1,0 +1,475 @@
+"""Where does a model stand?  The three diagnostics of Cola DLM, its likelihood, and the paper's eight benchmarks.
+
+    python evaluate.py                                            # diagnostics of runs/cola on its held-out text
+    python evaluate.py --model released --tasks lambada,mmlu --task-data benchmarks/     # benchmarks; see tasks.py
+    python evaluate.py --score lambada.jsonl mmlu.jsonl           # score generations that exist already
+
+Each diagnostic asks after one part.  Reconstruction: does the decoder recover the text from the latents?  Compression:
+how much do the latents hold?  Prior fit: does the prior match the latents?  Last comes what they make together, the
+likelihood.  Every figure has a standard error by the delete-a-group jackknife over sequences (one formula for means and
+for everything that is none), and says on how many sequences it rests.
+"""
+
+import importlib.util
+import json
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import data
+import judge
+import tasks
+from cola import ColaDLM
+from common import SamplingOptions, check_new, option, parse_options, pick_device, replacing, run_script
+from flow import layout_velocity, solve, velocity_error
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+def jackknife(statistic, n, groups=20):
+    """The value of statistic(kept) for all of n sequences, and its standard error.
+
+    kept: a LongTensor of sequence numbers.  Leaving out one of G groups at a time gives G values; their spread, times
+    (G - 1)^2 / G, estimates the variance.  For a mean with groups of one it is the usual standard error.  The
+    statistic may return a tensor; so do value and error then."""
+    order = torch.arange(n)
+    groups = min(groups, n)
+    value = torch.as_tensor(statistic(order), dtype=torch.float64)
+    if groups < 2:
+        return value, torch.full_like(value, math.nan)
+    values = [torch.as_tensor(statistic(order[order % groups != g]), dtype=torch.float64) for g in range(groups)]
+    return value, torch.stack(values).var(0, unbiased=False).mul(groups - 1).sqrt()
+
+
+@dataclass
+class Report:
+    """Figures by section, printed as they come and kept in report.json."""
+
+    folder: Path
+    about: dict
+    sections: dict = field(default_factory=dict)
+
+    def add(self, section, name, estimate, n, unit, x=None):
+        """estimate: (value, standard error) from `jackknife`; two tensors, if x names the points of a curve."""
+        value, error = (tensor.tolist() for tensor in estimate)
+        entry = dict(value=value, se=error, n=n, unit=unit) | ({} if x is None else dict(x=x))
+        if section not in self.sections:
+            print(f"\n{section}")
+        self.sections.setdefault(section, {})[name] = entry
+        if x is None:
+            print(f"  {name:44} {value:10.4f} ± {error:.4f} {unit} (n = {n})")
+        else:
+            points = [f"{point:4g}: {v:.3f}" for point, v in zip(x, value, strict=True)]
+            lines = [" ".join(points[i : i + 8]) for i in range(0, len(points), 8)]
+            print(f"  {name}, each ± {max(error):.4f} or less {unit} (n = {n})", *lines, sep="\n      ")
+        with replacing(self.folder / "report.json") as temporary:
+            temporary.write_text(json.dumps(self.about | dict(sections=self.sections), indent=2) + "\n")
+
+
+def in_batches(function, *tensors, batch_size=32):
+    """Call the function on batches of rows and concatenate what it returns."""
+    parts = [function(*rows) for rows in zip(*(t.split(batch_size) for t in tensors), strict=True)]
+    return torch.cat(parts) if torch.is_tensor(parts[0]) else sum(parts, [])
+
+
+def noise_like(x, seed):
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x.device)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reconstruction
+
+
+def reconstruction(report, model, idx, seed):
+    """Does the decoder recover the text from the latent?  idx (N, L) held-out tokens."""
+    vae, N = model.vae, len(idx)
+    found = in_batches(lambda x: vae.decode(vae.encode(x).mu).argmax(-1), idx)
+    right = (found == idx).float()  # (N, L)
+    z0 = in_batches(lambda x, e: vae.encode(x).at(e), idx, noise_like(latents_of(model, idx), seed))
+    nats = -in_batches(vae.log_likelihood, z0, idx)
+    texts = [[words_of(model.tokenizer, row) for row in rows.tolist()] for rows in (found, idx)]
+    counts = torch.tensor([ngram_matches(a, b) for a, b in zip(*texts, strict=True)], dtype=torch.float64)
+    rouge = torch.tensor([rouge_l(a, b) for a, b in zip(*texts, strict=True)])
+
+    name = "reconstruction"
+    report.add(name, "token accuracy", jackknife(lambda i: right[i].mean(), N), N, "")
+    report.add(name, "sequences without error", jackknife(lambda i: right[i].all(1).float().mean(), N), N, "")
+    report.add(name, "cross-entropy", jackknife(lambda i: nats[i].mean(), N), N, "nats/token")
+    report.add(name, "BLEU-4", jackknife(lambda i: bleu(counts[i].sum(0)), N), N, "")
+    report.add(name, "ROUGE-L", jackknife(lambda i: rouge[i].mean(), N), N, "")
+
+    times = [i / 20 for i in range(21)]
+    z1 = noise_like(z0, seed + 1)
+
+    def read_at(t):
+        return in_batches(lambda z, e, x: vae.decode(torch.lerp(z, e, t)).argmax(-1) == x, z0, z1, idx)
+
+    right = torch.stack([read_at(t) for t in times]).float()  # (21, N, L)
+    report.add(name, "accuracy by noise level t", jackknife(lambda i: right[:, i].mean((1, 2)), N), N, "", times)
+
+
+def latents_of(model, idx):
+    """An empty tensor of the shape of the latents of idx."""
+    c = model.vae.config
+    return torch.empty(len(idx), idx.shape[1] // c.patch_size, c.latent_dim, device=idx.device)
+
+
+def words_of(tokenizer, ids):
+    return judge.text_of(tokenizer, ids).decode(errors="replace").split()
+
+
+def ngram_matches(found, wanted):
+    """What BLEU needs of one pair of word lists: matches and n-grams for n = 1 to 4, and both lengths."""
+    row = []
+    for n in range(1, 5):
+        a, b = (Counter(zip(*(words[i:] for i in range(n)), strict=False)) for words in (found, wanted))
+        row += [(a & b).total(), a.total()]
+    return [*row, len(found), len(wanted)]
+
+
+def bleu(counts):
+    """Corpus BLEU (Papineni et al. 2002) from the summed rows of `ngram_matches`."""
+    *pairs, found, wanted = counts.tolist()
+    if min(pairs) == 0:
+        return 0.0
+    precision = sum(math.log(match / total) for match, total in zip(pairs[::2], pairs[1::2], strict=True)) / 4
+    return math.exp(precision + min(0.0, 1 - wanted / found))
+
+
+def rouge_l(found, wanted):
+    """F1 of the longest common subsequence of two word lists (Lin 2004)."""
+    best = [0] * (len(wanted) + 1)
+    for a in found:
+        before = best[:]
+        for j, b in enumerate(wanted):
+            best[j + 1] = before[j] + 1 if a == b else max(before[j + 1], best[j])
+    return 2 * best[-1] / max(len(found) + len(wanted), 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Compression
+
+ACTIVE = 0.01  # a latent dimension counts as active if the variance of mu over the data is above (arXiv:1509.00519)
+MIXTURE = 2048  # latents of the aggregate posterior at most
+
+
+def compression(report, model, idx, seed):
+    """How much does the latent hold?  idx (N, L)"""
+    p, N = model.vae.config.patch_size, len(idx)
+    mu, logvar = in_batches(lambda x: torch.stack([(q := model.vae.encode(x)).mu, q.logvar], 1), idx).unbind(1)
+    kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar)  # (N, n, d), to N(0, I)
+
+    name = "compression"
+    report.add(name, "KL", jackknife(lambda i: kl[i].sum(-1).mean() / p, N), N, "nats/token")
+    report.add(name, "KL in bits", jackknife(lambda i: kl[i].sum(-1).mean() / p / math.log(2), N), N, "bits/token")
+    signal = jackknife(lambda i: torch.log(mu[i].square().mean() / logvar[i].exp().mean()), N)
+    report.add(name, "log SNR", signal, N, "")
+    active = jackknife(lambda i: (mu[i].flatten(0, 1).var(0) > ACTIVE).sum(), N)
+    report.add(name, f"active dimensions of {kl.shape[-1]}", active, N, "")
+
+    per_row = min(max(MIXTURE // N, 1), mu.shape[1])
+    places = torch.linspace(0, mu.shape[1] - 1, per_row).long()
+    row = torch.arange(N).repeat_interleave(per_row)
+    mixture = [x[:, places].flatten(0, 1).double().cpu() for x in (mu, logvar)]  # 2 of (M, d)
+    log_ratio = log_posteriors(*mixture, noise_like(mixture[0], seed))
+
+    def information(kept):
+        chosen = torch.isin(row, kept).nonzero()[:, 0]
+        return mutual_information(log_ratio[chosen][:, chosen])
+
+    M = len(row)
+    report.add(name, f"I(X; Z), at most {math.log(M):.2f}", jackknife(information, N), M, "nats/latent")
+    kl_mixture = kl[:, places].sum(-1).cpu()
+    rest = jackknife(lambda i: kl_mixture[i].mean() - information(i), N)
+    report.add(name, "KL(q(z) || N(0, I)), at most", rest, M, "nats/latent")
+    each = jackknife(lambda i: kl[i].mean((0, 1)), N)
+    report.add(name, "KL by dimension", each, N, "nats/latent", list(range(kl.shape[-1])))
+
+
+def log_posteriors(mu, logvar, eps):
+    """log q(z_i | x_j) of z_i = mu_i + sigma_i eps_i under every posterior j, up to one constant: (M, M)."""
+    z, precision = mu + torch.exp(0.5 * logvar) * eps, torch.exp(-logvar)
+    squares = z.square() @ precision.T - 2 * z @ (mu * precision).T + (mu.square() * precision).sum(-1)
+    return -0.5 * (squares + logvar.sum(-1))
+
+
+def mutual_information(log_q):
+    """I(X; Z) = E log q(z | x) / q(z) in nats, from log_q (M, M) of `log_posteriors`, with q(z) the mean of all M.
+
+    The posterior that z came from is among them, so the estimate cannot exceed log M.  It is too low, and the marginal
+    KL too high, the more so the closer it comes to that."""
+    return (log_q.diagonal() - log_q.logsumexp(1)).mean() + math.log(len(log_q))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Prior fit
+
+
+def prior_fit(report, model, idx, contexts, corpus, settings, seed):
+    """Does the prior match the latents?  idx (N, L); contexts: the text before each row, bytes."""
+    N, dit, block_size = len(idx), model.dit, model.dit.config.block_size
+    eps = noise_like(latents_of(model, idx), seed)
+    z0 = in_batches(lambda x, e: model.vae.to_dit(model.vae.encode(x).at(e)), idx, eps)  # (N, n, d)
+    bins = [i / 10 for i in range(10)]
+    z1, u = noise_like(z0, seed + 1), torch.rand(N, generator=torch.Generator().manual_seed(seed)).to(z0.device)
+
+    def alone(x):
+        """Every block as a row of its own: no history."""
+        return x.unflatten(1, (-1, block_size)).flatten(0, 1)
+
+    def error(z0, z1, t):  # (B, 2): with history, and without
+        with_history = velocity_error(dit, z0, z1, t).mean(1)
+        without = velocity_error(dit, alone(z0), alone(z1), t.repeat_interleave(z0.shape[1] // block_size))
+        return torch.stack([with_history, without.unflatten(0, (len(z0), -1)).mean((1, 2))], dim=1)
+
+    errors = torch.stack([in_batches(error, z0, z1, start + 0.1 * u) for start in bins])  # (10, N, 2)
+    name = "prior fit"
+    report.add(name, "flow-matching loss, t uniform", jackknife(lambda i: errors[:, i, 0].mean(), N), N, "")
+    for column, what in enumerate(("loss", "loss without history")):
+        losses = errors[:, :, column]
+        report.add(name, f"{what} by time t", jackknife(lambda i: losses[:, i].mean(1), N), N, "", bins)  # noqa: B023
+
+    half = N // 2
+    real, others = z0[0 : 2 * half : 2], z0[1 : 2 * half : 2]
+    known = judge.text_of(corpus.tokenizer, corpus.train[: judge.JUDGED].tolist())[: judge.JUDGED]
+    reader = judge.NGramJudge(judge.START + known)
+    real_texts = [judge.text_of(corpus.tokenizer, row) for row in idx[: 2 * half : 2].tolist()]
+    candidates = {"held-out text": (real, real_texts, contexts[: 2 * half : 2])}
+    for scale in sorted({1.0, settings["cfg_scale"]}):
+        latents, texts = generated(model, half, idx.shape[1], settings | dict(cfg_scale=scale))
+        candidates[f"generated, guidance {scale:g}"] = latents, texts, [judge.START] * half
+    for what, (latents, texts, before) in candidates.items():
+        for distance in (frechet_distance, energy_distance):
+            estimate = jackknife(lambda i: distance(latents[i], others[i]), half)  # noqa: B023
+            report.add(name, f"{distance.__name__.replace('_', ' ')}, {what}", estimate, half, "")
+        bits = torch.tensor([reader.bits(text, context) for text, context in zip(texts, before, strict=True)])
+        sizes = torch.tensor([len(text) for text in texts])
+        estimate = jackknife(lambda i: bits[i].sum() / sizes[i].sum(), half)  # noqa: B023
+        report.add(name, f"n-gram judge, {what}", estimate, half, "bits/byte")
+
+
+def generated(model, n_rows, n_tokens, settings):
+    """Latents (n_rows, n, d) and texts of new documents, one after the other until there are n_tokens."""
+    prompts = [[model.tokenizer.eot_token]] * n_rows
+    blocks = list(model.blocks(prompts, **settings | dict(max_new_tokens=n_tokens)))
+    latents = torch.cat([block.z for block in blocks], dim=1)[:, -n_tokens // model.vae.config.patch_size :]
+    rows = [sum((block.new[i] for block in blocks), [])[:n_tokens] for i in range(n_rows)]
+    return latents, [judge.text_of(model.tokenizer, row) for row in rows]
+
+
+def frechet_distance(a, b):
+    """Of two sets of latents (N, n, d) as Gaussians: |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))."""
+    a, b = a.flatten(0, 1).double(), b.flatten(0, 1).double()
+    cov_a, cov_b = a.T.cov(), b.T.cov()
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
+
+
+def energy_distance(a, b):
+    """2 E|x - y| - E|x - x'| - E|y - y'| of two sets of latents (N, n, d), without bias; 0 for equal distributions."""
+    a, b = (x.flatten(0, 1)[:: max(x.shape[0] * x.shape[1] // 2000, 1)].double() for x in (a, b))
+
+    def within(x):
+        return torch.cdist(x, x).sum() / (len(x) * (len(x) - 1))
+
+    return (2 * torch.cdist(a, b).mean() - within(a) - within(b)).item()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Likelihood
+
+
+def likelihood(report, model, idx, read_times, o):
+    """log p(x) of idx (N, L): ELBO and IWAE with o.samples draws, by the time at which the decoder reads."""
+    N, ids = len(idx), idx.tolist()
+    n_bytes = torch.tensor([len(judge.text_of(model.tokenizer, row)) for row in ids])
+    name = "likelihood"
+    for read_time in read_times:
+        options = dict(n_samples=o.samples, steps=o.ode_steps, read_time=read_time, seed=o.seed)
+        batches = range(0, N, 8)
+        weights = [
+            model.log_weights(ids[i : i + 8], row_ids=range(i, min(i + 8, N)), **options)
+            for i in tqdm(batches, desc=f"likelihood at t = {read_time}", leave=False)
+        ]
+        terms = [torch.cat(term, dim=1).double().cpu() for term in zip(*weights, strict=True)]  # 3 of (K, N)
+        for what, term in zip(("decoder", "prior", "posterior"), terms, strict=True):
+            estimate = jackknife(lambda i: term[:, i].mean() / idx.shape[1], N)  # noqa: B023
+            report.add(name, f"t = {read_time}: log-density of {what}", estimate, N, "nats/token")
+        total = terms[0] + terms[1] - terms[2]
+        bounds = {"ELBO": total.mean(0)}
+        if o.samples > 1:
+            bounds[f"IWAE-{o.samples}"] = total.logsumexp(0) - math.log(o.samples)
+        for what, log_p in bounds.items():
+            bits = jackknife(lambda i: -log_p[i].sum() / math.log(2) / n_bytes[i].sum(), N)  # noqa: B023
+            report.add(name, f"t = {read_time}: {what}", bits, N, "bits/byte")
+            perplexity = jackknife(lambda i: torch.exp(-log_p[i].mean() / idx.shape[1]), N)  # noqa: B023
+            report.add(name, f"t = {read_time}: {what} perplexity", perplexity, N, "per token")
+
+
+#
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Figures as pictures
+
+
+def plot(folder, sections, model, idx, seed):
+    """Write PNG files of the curves, and of latents with a few of the ways that the flow takes.  Needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    def save(name, x_label, y_label):
+        plt.xlabel(x_label)
+        plt.ylabel(y_label)
+        plt.tight_layout()
+        plt.savefig(folder / f"{name}.png", dpi=150)
+        plt.close()
+        print(folder / f"{name}.png")
+
+    def curve(section, name):
+        entry = sections[section][name]
+        plt.errorbar(entry["x"], entry["value"], entry["se"], capsize=2, label=name.removesuffix(" by time t"))
+
+    if "reconstruction" in sections:
+        curve("reconstruction", "accuracy by noise level t")
+        save("noise_robustness", "noise level t of the latents", "token accuracy of the decoder")
+    if "compression" in sections:
+        entry = sections["compression"]["KL by dimension"]
+        plt.bar(entry["x"], sorted(entry["value"], reverse=True))
+        save("kl_per_dimension", "latent dimension, largest first", "KL in nats per latent")
+    if "prior fit" in sections:
+        for name in ("loss by time t", "loss without history by time t"):
+            curve("prior fit", name)
+        plt.legend()
+        save("loss_by_time", "time t, in bins of 0.1", "flow-matching loss")
+
+    # Latents on the two main axes of their distribution, and the ways that some take from noise, given their history.
+    posterior = model.vae.encode(idx)
+    z0 = model.vae.to_dit(posterior.at(noise_like(posterior.mu, seed)))
+    flat = z0.flatten(0, 1)
+    center = flat.mean(0)
+    axes = torch.linalg.svd(flat - center, full_matrices=False).Vh[:2].T  # (d, 2)
+    times, path = torch.linspace(1, 0, 33, device=z0.device), []
+
+    def velocity(z, i):
+        path.append(z[0])
+        return layout_velocity(model.dit, z0[:1], z, times[i : i + 1])
+
+    path.append(solve(velocity, noise_like(z0[:1], seed + 1), times)[0])
+    plt.scatter(*((flat - center) @ axes).T.cpu(), s=2, alpha=0.3, label="encoded latents")
+    ways = (torch.stack(path)[:, :: max(z0.shape[1] // 8, 1)] - center) @ axes  # (33, a few, 2)
+    for way in ways.unbind(1):
+        plt.plot(*way.T.cpu(), linewidth=1)
+        plt.plot(*way[-1].cpu(), "k.", markersize=5)
+    plt.legend()
+    save("latents", "first principal axis", "second principal axis")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+SECTIONS = ("reconstruction", "compression", "prior", "likelihood")
+CONTEXT = 16  # tokens before each held-out sequence that the n-gram judge reads
+
+
+@dataclass
+class Options(SamplingOptions):
+    model: str = option("runs/cola", "folder in the released layout")
+    out: str = option("runs/evaluation", "folder of report.json, generations and figures")
+    device: str = option("auto", "auto, cpu, cuda, mps")
+    # diagnostics
+    data: str = option("runs/vae/data", "folder of the training and held-out tokens")
+    sections: tuple = option(SECTIONS, f"which diagnostics: {' '.join(SECTIONS)}")
+    num_sequences: int = option(128, "held-out sequences behind each figure", low=4)
+    seq_len: int = option(64, "tokens of a sequence", low=1)
+    likelihood_sequences: int = option(32, "held-out sequences behind the likelihood, which takes longest", low=2)
+    samples: int = option(4, "likelihood: draws from the posterior", low=1)
+    ode_steps: int = option(64, "likelihood: steps of the ODE solver", low=1)
+    read_times: tuple = option(("0", "0.2", "0.4"), "likelihood: times at which the decoder reads (cola.log_weights)")
+    plot: bool = option(False, "write figures as PNG; needs matplotlib")
+    # benchmarks
+    tasks: str = option("", f"benchmarks instead, separated by commas: {','.join(tasks.TASKS)}, or all")
+    task_data: str = option("benchmarks", "folder of task.jsonl files")
+    rank: bool = option(False, "choose the likeliest of the choices instead of generating")
+    limit: int = option(0, "only so many lines of each task; 0: all", low=0)
+    batch_size: int = option(32, "prompts at a time", low=1)
+    score: tuple = option((), "files of generations to score; no model is needed")
+
+
+def main():
+    o, given = parse_options(Options, __doc__)
+    if o.score:
+        return tasks.score_files(o.score, o.tasks, Path(o.out))
+    read_times = [parse_time(text) for text in o.read_times]
+    if unknown := set(o.sections) - set(SECTIONS):
+        raise ValueError(f"unknown section {sorted(unknown)[0]}: choose among {' '.join(SECTIONS)}")
+    if o.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib")
+    device = pick_device(o.device)
+    if o.tasks:
+        jobs = tasks.open_tasks(o.tasks, o.task_data, o.limit, o.rank)  # before the model, which takes longer to load
+    model = ColaDLM.from_pretrained(o.model, device, with_tokenizer=True).requires_grad_(False)
+    if o.tasks:
+        return run_tasks(model, jobs, read_times, o, given)
+
+    corpus = data.open_tokens(o.data)
+    data.check_same(corpus.tokenizer, model.tokenizer)
+    data.check_shape(1, 1, o.seq_len, model.vae.config)
+    data.check_length(len(corpus.train), len(corpus.val), 1, o.seq_len + CONTEXT)
+    rows = data.even_batch(corpus.val, o.num_sequences, o.seq_len + CONTEXT)
+    contexts = [judge.text_of(corpus.tokenizer, row) for row in rows[:, :CONTEXT].tolist()]
+    idx = rows[:, CONTEXT:].to(device)
+    report = Report(Path(o.out), dict(model=o.model, data=o.data, options=asdict(o)))
+    print(f"{o.model} on {idx.numel():,} held-out tokens of {o.data}, {len(idx)} sequences of {o.seq_len}")
+    with torch.no_grad():
+        if "reconstruction" in o.sections:
+            reconstruction(report, model, idx, o.seed)
+        if "compression" in o.sections:
+            compression(report, model, idx, o.seed)
+        if "prior" in o.sections:
+            prior_fit(report, model, idx, contexts, corpus, o.settings(), o.seed)
+        if "likelihood" in o.sections:
+            likelihood(report, model, idx[: o.likelihood_sequences], read_times, o)
+        if o.plot:
+            plot(report.folder, report.sections, model, idx, o.seed)
+    print(f"\n± is the standard error over the n sequences (jackknife); all figures are in {report.folder}/report.json")
+
+
+def run_tasks(model, jobs, read_times, o, given):
+    """The benchmarks, with 32 new tokens and guidance 7 as in the paper unless the command line says otherwise."""
+    paper = {name: value for name, value in dict(max_new_tokens=32, cfg_scale=7.0).items() if name not in given}
+    settings = o.settings() | paper
+    rank = dict(n_samples=o.samples, steps=o.ode_steps, read_time=read_times[-1], seed=o.seed) if o.rank else None
+    weights = [(Path(o.model) / part / "model.safetensors").stat() for part in ("cola_vae", "cola_dit")]
+    about = dict(model=[[file.st_size, file.st_mtime_ns] for file in weights], settings=settings, rank=rank)
+    file = Path(o.out) / "settings.json"
+    if not file.exists():
+        check_new(o.out, "choose another --out")
+        with replacing(file) as temporary:
+            temporary.write_text(json.dumps(about, indent=2) + "\n")
+    elif json.loads(file.read_text()) != about:
+        raise ValueError(f"{o.out} holds results of another model or with other options: choose another --out")
+    eos_id = model.tokenizer.eot_token
+    tasks.run(model, jobs, Path(o.out), settings | dict(eos_id=eos_id), o.batch_size, rank)
+
+
+def parse_time(text):
+    try:
+        time = float(text)
+    except ValueError:
+        time = math.nan
+    if not 0 <= time < 1:
+        raise ValueError(f"--read-times {text} is out of range: a time is at least 0 and below 1")
+    return time
+
+
+if __name__ == "__main__":
+    run_script(main)

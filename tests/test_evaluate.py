@@ -1,0 +1,275 @@
+"""Figures by hand, the benchmarks' prompts and verdicts, and the script as a user runs it."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import call
+
+import common
+import data
+import evaluate
+from cola import ColaDLM
+from evaluate import bleu, energy_distance, frechet_distance, jackknife, ngram_matches, rouge_l
+from tasks import TASKS, is_correct, prompt_of
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+def test_jackknife():
+    x = torch.randn(20, dtype=torch.float64)
+    value, error = jackknife(lambda i: x[i].mean(), 20)
+    assert value == pytest.approx(x.mean()) and error == pytest.approx(x.std() / 20**0.5)
+    value, errors = jackknife(lambda i: torch.stack([x[i].mean(), 3 * x[i].mean()]), 20, groups=4)
+    assert errors[1] == pytest.approx(3 * errors[0])
+    assert math.isnan(jackknife(lambda i: x[i].mean(), 1)[1])
+
+
+def test_jackknife_of_a_ratio_matches_its_spread():
+    g = torch.Generator().manual_seed(0)
+    ratios, errors = [], []
+    for _ in range(300):
+        a = torch.rand(100, generator=g) + 1
+        b = a + torch.rand(100, generator=g)
+        value, error = jackknife(lambda i: a[i].sum() / b[i].sum(), 100)  # noqa: B023
+        ratios.append(value)
+        errors.append(error)
+    assert torch.stack(errors).mean().item() == pytest.approx(torch.stack(ratios).std().item(), rel=0.15)
+
+
+def test_bleu_and_rouge():
+    found = ["the", "cat", "sat", "on", "a", "mat", "today"]
+    wanted = ["the", "cat", "sat", "on", "the", "mat"]
+    counts = torch.tensor(ngram_matches(found, wanted))
+    assert counts.tolist() == [5, 7, 3, 6, 2, 5, 1, 4, 7, 6]
+    assert bleu(counts) == pytest.approx((5 / 7 * 3 / 6 * 2 / 5 * 1 / 4) ** 0.25)
+    short = torch.tensor(ngram_matches(wanted[:5], wanted))
+    assert bleu(short) == pytest.approx(math.exp(1 - 6 / 5))  # all n-grams right, but too short
+    assert bleu(torch.tensor(ngram_matches(["a"], ["b"]))) == 0
+    assert rouge_l(found, wanted) == pytest.approx(2 * 5 / 13)
+    assert rouge_l(list("abc"), list("cab")) == pytest.approx(2 / 3)
+    assert rouge_l([], []) == 0
+
+
+def test_distances_between_samples():
+    a, b = torch.randn(500, 4, 3), torch.randn(500, 4, 3)
+    assert abs(energy_distance(a, b)) < 0.02
+    assert energy_distance(a, b + 1) > 0.3
+    scale, shift = torch.tensor([1.0, 2.0, 0.5]), torch.tensor([0.0, 1.0, 0.0])
+    exact = 1 + (1 + 4 + 0.25) + 3 - 2 * (1 + 2 + 0.5)  # |shift|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))
+    flat = a.flatten(0, 1)
+    root = torch.linalg.cholesky(flat.T.cov())
+    whitened = ((flat - flat.mean(0)) @ torch.linalg.inv(root).T).view_as(a)  # mean 0, covariance 1 exactly
+    assert frechet_distance(whitened, whitened * scale + shift) == pytest.approx(exact, rel=1e-3)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-5)
+
+
+def test_mutual_information_of_clusters():
+    """Eight far points: log 8, whatever their posteriors' width; one point: nothing."""
+    mu, eps = 100 * torch.eye(8).repeat(16, 1), torch.randn(128, 8)
+    logvar = torch.full_like(mu, -1.0)
+    found = evaluate.mutual_information(evaluate.log_posteriors(mu, logvar, eps))
+    assert found == pytest.approx(math.log(8), abs=1e-4)
+    same = evaluate.mutual_information(evaluate.log_posteriors(0 * mu, logvar, eps))
+    assert same == pytest.approx(0, abs=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Benchmarks
+
+LINE = dict(id=1, question="Which is red?", choices=["a tomato", "a cucumber", "the sea"], answer="a tomato")
+
+
+def test_prompts():
+    assert prompt_of(TASKS["lambada"], dict(context="They went to the", choices=[])) == "They went to the"
+    options = "(A) a tomato\n(B) a cucumber\n(C) the sea\n"
+    assert prompt_of(TASKS["mmlu"], LINE).endswith(f"\n\nQuestion: Which is red?\n{options}Answer:")
+    assert prompt_of(TASKS["mmlu"], LINE | dict(prompt="Say it:")) == "Say it:"
+    race = prompt_of(TASKS["race"], LINE | dict(context="On colours."))
+    assert race.endswith(f"\n\nArticle: On colours. Which is red?\nOptions:\n{options}Answer:")
+    assert prompt_of(TASKS["siqa"], LINE).endswith(f"\n\nQuestion: Which is red?\n{options}Answer:")
+    assert "Question: Lee cooks. Which is red?" in prompt_of(TASKS["siqa"], LINE | dict(context="Lee cooks."))
+    squad = prompt_of(TASKS["squad"], LINE | dict(context="Tomatoes are red.", choices=[]))
+    assert squad.endswith("Context: Tomatoes are red.\nQuestion: Which is red?\nAnswer:")
+    shots = {name: task.examples.count("\nAnswer:") + task.examples.count("\nEnd:") for name, task in TASKS.items()}
+    assert shots == dict(lambada=0, mmlu=2, obqa=2, hellaswag=2, race=2, siqa=2, squad=1, story_cloze=2)
+
+
+CHOICES = ["growing vegetables", "is very reliable in winter", "a short answer to all", "water and ice"]
+
+
+@pytest.mark.parametrize(
+    "generated, answer, right",
+    [
+        (" growing vegetables\n\nQuestion: next", "growing vegetables", True),
+        ("\n\n Growing  vegetables!", "growing vegetables.", True),
+        (" vegetables", "growing vegetables", False),
+        (" A", "growing vegetables", True),
+        (" (b).", "growing vegetables", False),
+        (" E", "growing vegetables", False),  # no such choice
+        (" (D) ice water", "water and ice", True),  # a bracketed letter in a short text
+        (" (D) and by this I mean, more or less, all of it", "water and ice", False),  # in a long one
+        (" The answer is B, since winters are cold and the engine has to start", "is very reliable in winter", True),
+        (" The correct answer is: growing vegetables", "growing vegetables", True),
+        (" He is growing vegetables behind the house", "growing vegetables", True),  # one choice inside
+        (" growing vegetables with water and ice", "growing vegetables", False),  # two inside
+        (" very reliable in winters", "is very reliable in winter", True),  # alike
+        (" is reliable", "is very reliable in winter", False),
+        (" growing vegetables", "A", True),  # an answer may be a letter
+        ("", "growing vegetables", False),
+    ],
+)
+def test_verdicts_by_choice(generated, answer, right):
+    assert is_correct(TASKS["mmlu"], generated, answer, CHOICES) == right
+
+
+def test_verdicts_of_other_tasks():
+    assert is_correct(TASKS["lambada"], ' Border, they said.\n"And', "border")
+    assert not is_correct(TASKS["lambada"], " the border", "border")
+    for name in ("hellaswag", "squad", "story_cloze"):
+        assert is_correct(TASKS[name], " Growing vegetables.\nStory:", "growing vegetables", CHOICES)
+        assert not is_correct(TASKS[name], " A", "growing vegetables", CHOICES)
+        assert not is_correct(TASKS[name], " he is growing vegetables", "growing vegetables", CHOICES)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The script
+
+
+def write(path, lines):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+QUICK = "--steps 2 --device cpu"
+SMALL = "--num-sequences 8 --seq-len 16 --likelihood-sequences 4 --samples 2 --ode-steps 2 --read-times 0 0.5"
+
+
+def test_report(trained, monkeypatch, capsys):
+    call(evaluate.main, f"{SMALL} {QUICK} --out report", monkeypatch, trained)
+    printed = capsys.readouterr().out
+    report = json.loads((trained / "report" / "report.json").read_text())
+    assert list(report["sections"]) == ["reconstruction", "compression", "prior fit", "likelihood"]
+    for section, figures in report["sections"].items():
+        assert f"\n{section}\n" in printed
+        for name, entry in figures.items():
+            assert name in printed and entry["n"] >= 3
+            values, errors = (torch.tensor(entry[key]) for key in ("value", "se"))
+            assert values.isfinite().all() and errors.isfinite().all() and (errors >= 0).all()
+    prior, likelihood = report["sections"]["prior fit"], report["sections"]["likelihood"]
+    assert len(prior["loss by time t"]["value"]) == 10
+    assert likelihood["t = 0.0: IWAE-2"]["value"] < likelihood["t = 0.0: ELBO"]["value"]
+    terms = [likelihood[f"t = 0.5: log-density of {part}"]["value"] for part in ("decoder", "prior", "posterior")]
+    elbo = likelihood["t = 0.5: ELBO perplexity"]["value"]
+    assert math.log(elbo) == pytest.approx(-(terms[0] + terms[1] - terms[2]), rel=1e-4)
+
+
+def test_generated_latents_belong_to_the_texts(trained):
+    model = ColaDLM.from_pretrained(trained / "runs/cola")
+    latents, texts = evaluate.generated(model, 3, 16, dict(steps=2, cfg_scale=1.0))
+    assert latents.shape == (3, 16, 4) and len(texts) == 3
+    new = model.generate([[model.tokenizer.eot_token]] * 3, max_new_tokens=16, steps=2, cfg_scale=1.0)
+    assert texts == [evaluate.judge.text_of(model.tokenizer, row) for row in new]
+
+
+def test_tasks_resume_and_do_not_depend_on_batches(trained, tmp_path, monkeypatch, capsys):
+    lines = [dict(id=i, context="Line " * (i + 1), answer="the", source="kept") for i in range(5)]
+    write(tmp_path / "in" / "lambada.jsonl", lines)
+    write(tmp_path / "in" / "mmlu.jsonl", [LINE, LINE | dict(id="x", prompt="Line")])
+    start = f"--model {trained}/runs/cola --tasks lambada,mmlu --task-data in --max-new-tokens 4 {QUICK}"
+    call(evaluate.main, f"{start} --batch-size 1 --out one", monkeypatch, tmp_path)
+    whole = rows_of(tmp_path / "one" / "lambada.jsonl")
+    assert sorted(row["id"] for row in whole) == [0, 1, 2, 3, 4] and whole[0]["source"] == "kept"
+    summary = json.loads((tmp_path / "one" / "summary.json").read_text())
+    assert [(row["task"], row["n"]) for row in summary] == [("lambada", 5), ("mmlu", 2)]
+    assert (tmp_path / "one" / "summary.csv").read_text().startswith("task,accuracy,se,n\nlambada,")
+
+    call(evaluate.main, f"{start} --batch-size 3 --out three", monkeypatch, tmp_path)
+    path = tmp_path / "three" / "lambada.jsonl"
+    assert rows_of(path) == whole
+    kept = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(kept[:2]) + kept[2][:20])  # interrupted while writing the third row
+    asked = []
+
+    def generate(self, prompts, **options):
+        asked.extend(prompts)
+        return ["the"] * len(prompts)
+
+    monkeypatch.setattr(ColaDLM, "generate", generate)
+    call(evaluate.main, f"{start} --batch-size 3 --out three", monkeypatch, tmp_path)
+    assert len(asked) == 3 and len(rows_of(path)) == 5 and "".join(kept[:2]) in path.read_text()
+
+    capsys.readouterr()
+    call(evaluate.main, "--score three/lambada.jsonl --out scores", monkeypatch, tmp_path)
+    assert "5 of 5 verdicts in the file are the same" in capsys.readouterr().out
+
+
+def test_ranking_by_likelihood(trained, tmp_path, monkeypatch):
+    write(tmp_path / "in" / "story_cloze.jsonl", [dict(id=1, context="A b.", choices=["x", "y z"], answer="x")])
+    arguments = f"--model {trained}/runs/cola --tasks story_cloze --task-data in --rank --samples 1 --ode-steps 2"
+    call(evaluate.main, f"{arguments} {QUICK} --out ranked", monkeypatch, tmp_path)
+    (row,) = rows_of(tmp_path / "ranked" / "story_cloze.jsonl")
+    assert row["generate"] == ["x", "y z"][row["scores"].index(max(row["scores"]))]
+    model = ColaDLM.from_pretrained(trained / "runs/cola")
+    prompt = row["prompt"]
+    wanted = model.conditional_log_prob([prompt] * 2, [" x", " y z"], steps=2, read_time=0.4, row_ids=[1, 1])
+    assert row["scores"] == pytest.approx(wanted.tolist(), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--tasks lambada,chess", "there is no task 'chess': choose among lambada, mmlu"),
+        ("--tasks obqa", "obqa.jsonl"),
+        ("--tasks mmlu", "in/mmlu.jsonl line 2 has no choices"),
+        ("--tasks siqa", "in/siqa.jsonl line 1 is not a JSON object"),
+        ("--tasks squad", "in/squad.jsonl is empty"),
+        ("--tasks race", "in/race.jsonl line 2 has the id of line 1"),
+        ("--tasks lambada --rank", "lambada has no choices to rank"),
+        ("--tasks lambada --out {trained}/runs/vae", "already holds files"),
+        ("--tasks lambada --model nowhere", "nowhere/cola_vae/config.json does not exist"),
+        ("--score in/lambada.jsonl", "in/lambada.jsonl line 1 has no generate"),
+        ("--score in/other.jsonl", "there is no task 'other'"),
+        ("--data {text}/tokens", "the text was tokenized differently"),
+        ("--sections everything", "unknown section everything"),
+        ("--read-times 1.5", "--read-times 1.5 is out of range"),
+        ("--seq-len 30", "--seq-len 30 must be a multiple of block_size"),
+        ("--seq-len 4000000", "split has"),
+    ],
+)
+def test_mistakes(trained, text, tmp_path, monkeypatch, capsys, arguments, message):
+    write(tmp_path / "in" / "lambada.jsonl", [dict(id=1, context="a", answer="b")])
+    write(tmp_path / "in" / "mmlu.jsonl", [LINE, {k: v for k, v in LINE.items() if k != "choices"}])
+    write(tmp_path / "in" / "race.jsonl", [LINE | dict(context="c")] * 2)
+    write(tmp_path / "in" / "siqa.jsonl", ["text"])
+    write(tmp_path / "in" / "squad.jsonl", [])
+    if "tokens" in arguments and not (text / "tokens").exists():
+        call(data.main, f"--data {text} --vocab-size 280 --out {text}/tokens", monkeypatch, tmp_path)
+    place = f"--model {trained}/runs/cola --data {trained}/runs/vae/data --task-data in --out out {QUICK}"
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        arguments = f"{place} {arguments}".format(trained=trained, text=text)
+        call(lambda: common.run_script(evaluate.main), arguments, monkeypatch, tmp_path)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_other_options_do_not_mix_with_earlier_results(trained, tmp_path, monkeypatch):
+    write(tmp_path / "benchmarks" / "lambada.jsonl", [dict(id=1, context="a", answer="b")])
+    start = f"--model {trained}/runs/cola --tasks lambada --max-new-tokens 4 {QUICK} --out out"
+    call(evaluate.main, start, monkeypatch, tmp_path)
+    with pytest.raises(ValueError, match="other options: choose another --out"):
+        call(evaluate.main, f"{start} --cfg-scale 2", monkeypatch, tmp_path)
+
+
+def test_plots_need_matplotlib_only(trained, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install matplotlib"):
+        call(evaluate.main, f"{SMALL} {QUICK} --plot --out plots", monkeypatch, trained)
