@@ -278,7 +278,7 @@ class ColaDLM(nn.Module):
         return log_p[: len(whole)] - log_p[len(whole) :]
 
     @torch.no_grad()
-    def log_weights(self, ids, n_samples=1, steps=64, read_time=0.0, exact=False, pad_id=None, seed=0, row_ids=None):
+    def log_weights(self, ids, n_samples=1, steps=128, read_time=0.0, exact=False, pad_id=None, seed=0, row_ids=None):
         """The terms of log p(x, z0) / q(z0 | x) for n_samples draws z0 ~ q(z0 | x): `LogWeights` of (K, B), in nats.
 
         ids: a list of token ids for every row.  The last block is padded for the encoder, with pad_id as in `blocks`;

@@ -104,7 +104,7 @@ def solve(velocity, z, times, solver="euler"):
     return z
 
 
-def log_prob(dit, clean, zt=None, start=0.0, steps=64, probe=None):
+def log_prob(dit, clean, zt=None, start=0.0, steps=128, probe=None):
     """log p(zt | clean history) of every block at the time `start`, in nats, (B, n_blocks); no gradient.
 
     clean (B, n, d): the finished latents; zt (B, n, d): those whose density is asked for, default the finished ones.

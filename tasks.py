@@ -315,7 +315,7 @@ def run(model, jobs, out, settings, batch_size, rank=None):
         todo = [line for line in lines if line["id"] not in done]
         prompts = {line["id"]: prompt_of(TASKS[name], line) for line in todo}
         todo.sort(key=lambda line: len(prompts[line["id"]]))  # the rows of a batch should be about equally long
-        seeds = {line["id"]: i if type(line["id"]) is str else line["id"] for i, line in enumerate(lines)}
+        seeds = {line["id"]: i if type(line["id"]) is str else line["id"] % 2**31 for i, line in enumerate(lines)}
         with (
             open(file, "a", encoding="utf-8") as f,
             tqdm(initial=len(lines) - len(todo), total=len(lines), desc=name) as bar,
