@@ -390,7 +390,7 @@ class Options(SamplingOptions):
     sections: tuple = option(SECTIONS, f"which diagnostics: {' '.join(SECTIONS)}")
     num_sequences: int = option(128, "held-out sequences behind each figure", low=4)
     seq_len: int = option(32, "tokens of a sequence", low=1)
-    likelihood_sequences: int = option(64, "held-out sequences behind the likelihood, which takes longest", low=2)
+    likelihood_sequences: int = option(32, "held-out sequences behind the likelihood, which takes longest", low=2)
     samples: int = option(2, "likelihood: draws from the posterior", low=1)
     ode_steps: int = option(128, "likelihood: steps of the ODE solver", low=1)
     read_times: tuple = option(("0", "0.4"), "likelihood: times at which the decoder reads (cola.log_weights)")
