@@ -193,7 +193,8 @@ class ColaDLM(nn.Module):
         both_times = torch.stack([network_times, torch.zeros_like(times)], dim=1)  # [t_i, 0] for each step i
         per_layer = self.dit.modulation(both_times)  # (steps + 1, 2, ...) each
         modulation = [[layer[i, None] for layer in per_layer] for i in range(steps + 1)]
-        at_zero = modulation[-1]  # of [0, 0]: t ends there
+        all_noisy = [self.dit.pick(m) for m in modulation]
+        at_zero = all_noisy[-1]  # t ends there
         if n_history.any():
             history = prompt_z[:, : int(n_history.max())]
             self.dit(history, modulation=at_zero, cache=dit_cache)
@@ -216,7 +217,7 @@ class ColaDLM(nn.Module):
             z = (z if noise is None else noise[b]).to(device, torch.float32)  # (B, block_size, d)
             if clean is not None:
                 z = torch.where(clean[..., None], clean_z, z)
-            velocity = self.guided_velocity(modulation, dit_cache, cfg_scale, clean)
+            velocity = self.guided_velocity(modulation, all_noisy, dit_cache, cfg_scale, clean)
             z = solve(velocity, z, times, solver)
 
             # 4. Latents to tokens, once.
@@ -236,26 +237,29 @@ class ColaDLM(nn.Module):
                 vae_cache.commit(block_size)
                 clean, n_slots = None, [0] * B
 
-    def guided_velocity(self, modulation, cache, cfg_scale, clean):
+    def guided_velocity(self, modulation, all_noisy, cache, cfg_scale, clean):
         """The velocity of one block as a function (z (B, block_size, d), step) -> (B, block_size, d).
 
         Rows without a history are not guided: there both branches are one and the same, and guidance would only
         amplify rounding errors.  `clean` latents (bool, (B, block_size), or None) do not move."""
-        time_index = None if clean is None else clean.long()  # 0: the time of this step, 1: time 0
         guided = (cache.length > 0) & (cfg_scale != 1)
+        copies = 2 if guided.any() else 1
         scale = torch.where(guided, cfg_scale, 1.0).to(cache.k.device)[:, None, None]
+        layout = self.dit.layout(self.dit.config.block_size, cache.k.device, cache, copies)
+        if clean is None:
+            picked = all_noisy
+        else:
+            time_index = clean.long().repeat(copies, 1)  # 0: the time of this step, 1: time 0
+            picked = [self.dit.pick(m, time_index) for m in modulation]
 
         def velocity(z, i):
-            if not guided.any():
-                v = self.dit(z, time_index=time_index, modulation=modulation[i], cache=cache)
-            else:  # both branches in one batch; the second half has no rows in the cache, hence no history
-                both_index = None if clean is None else time_index.repeat(2, 1)
-                v = self.dit(z.repeat(2, 1, 1), time_index=both_index, modulation=modulation[i], cache=cache)
+            # Both branches in one batch; the second half has no rows in the cache, hence no history.
+            v = self.dit(z.repeat(copies, 1, 1), modulation=picked[i], layout=layout, cache=cache)
+            if copies == 2:
                 v = guide(*v.chunk(2), scale)
             return v if clean is None else v.masked_fill(clean[..., None], 0.0)
 
         return velocity
-
 
     def log_prob(self, texts, n_samples=1, **options):
         """log p(x) of every text (str or ids), in nats, (B,): a lower bound in expectation, from n_samples samples.

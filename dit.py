@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from vae import KVCache, attend, check_sizes, layout, rope_table
+from vae import KVCache, attend, check_sizes, make_layout, rope_freqs, rotate
 
 TIME_CHANNELS = 256
 ROPE_THETA = 10000.0
@@ -40,17 +40,25 @@ class DiTConfig:
 
     def __post_init__(self):
         check_sizes(self)
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} must be even: channels turn in pairs")
         if self.rope_dim % 2 or not 0 < self.rope_dim <= self.head_dim:
             raise ValueError(f"rope_dim {self.rope_dim} must be even, above 0 and at most head_dim {self.head_dim}")
 
 
-def rotate_pairs(x, rope):
-    """Rotary embedding of the interleaved kind: channels 2i and 2i+1 turn together.  x (B, H, L, D)."""
-    cos, sin = rope
-    rope_dim = 2 * cos.shape[-1]
-    x1, x2 = x[..., :rope_dim].float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).flatten(-2)
-    return torch.cat([turned.type_as(x), x[..., rope_dim:]], dim=-1)
+def pairs(x):
+    """The partners in the DiT (see `vae.rotate`): channels 2i and 2i + 1."""
+    return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+
+
+def pairs_table(pos, config, device):
+    """The table of `rotate` for partners as in `pairs`: pos (B, L) -> cosines and sines (B, 1, L, D) in fp32.
+
+    Only the first rope_dim channels turn; the others keep a cosine of 1."""
+    angle = pos.to(device)[:, None, :, None].float() * rope_freqs(config.rope_dim, ROPE_THETA, device)
+    angle = F.pad(angle, (0, (config.head_dim - config.rope_dim) // 2))  # (B, 1, L, D/2)
+    angle = torch.stack([-angle, angle], dim=-1).flatten(-2)
+    return angle.cos(), angle.sin()
 
 
 class TimeEmbedding(nn.Module):
@@ -80,10 +88,10 @@ class Attention(nn.Module):
         self.norm_q = nn.LayerNorm(config.head_dim, config.norm_eps)  # per head
         self.norm_k = nn.LayerNorm(config.head_dim, config.norm_eps)
 
-    def forward(self, x, rope, pos, mask, cache):
+    def forward(self, x, layout, cache):
         q, k, v = self.proj_qkv(x).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)  # 3 x (B, H, L, D)
-        q, k = self.norm_q(q).to(v.dtype), self.norm_k(k).to(v.dtype)
-        out = attend(rotate_pairs(q, rope), rotate_pairs(k, rope), v, pos, mask, cache, self.layer)
+        q, k = (rotate(y, layout.rope, pairs).to(v.dtype) for y in (self.norm_q(q), self.norm_k(k)))
+        out = attend(q, k, v, layout, cache, self.layer)
         return self.proj_out(out.transpose(1, 2).flatten(2))
 
 
@@ -121,15 +129,15 @@ class DiTBlock(nn.Module):
     def modulation(self, e):  # (..., C) -> (..., 6C)
         return torch.cat([layer(e) for layer in self.ada.values()], dim=-1)
 
-    def forward(self, x, modulation, *attention_args):
-        """x (B, L, C); modulation broadcasts to (B, L, 6C)."""
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
-        x = x + gate_msa * self.msa(modulate(self.norm(x), shift_msa, scale_msa), *attention_args)
+    def forward(self, x, modulation, layout, cache=None):
+        """x (B, L, C); modulation: six tensors that broadcast to it, see `DiT.pick`."""
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
+        x = x + gate_msa * self.msa(modulate(self.norm(x), shift_msa, scale_msa), layout, cache)
         return x + gate_mlp * self.mlp(modulate(self.norm(x), shift_mlp, scale_mlp))
 
 
 def modulate(x, shift, scale):
-    return x * (1 + scale) + shift
+    return x * scale + shift
 
 
 class DiT(nn.Module):
@@ -171,36 +179,49 @@ class DiT(nn.Module):
         e = self.emb_in(t)
         return [block.modulation(e) for block in self.blocks] + [self.txt_out_ada.out_in(e)]
 
-    def forward(self, z, t=None, time_index=None, modulation=None, pos=None, mask=None, cache=None):
+    def pick(self, modulation, time_index=None):
+        """The modulation of every latent: shift, scale and gate of attention, the same of the MLP, for every block, and
+        shift and scale for the output.  Each (B or 1, n or 1, C); the scales with their 1 added.
+
+        modulation: tensors (B or 1, T, 6C) of T times; time_index (B or 1, n): which time each latent has; None: the
+        first, for all."""
+        if time_index is None:
+            modulation = [m[:, :1] for m in modulation]  # (B or 1, 1, 6C)
+        else:  # picking rows as a product with one-hot rows, so that backward is a product as well
+            choice = F.one_hot(time_index, modulation[0].shape[1]).to(modulation[0].dtype)  # (B or 1, n, T)
+            modulation = [choice @ m for m in modulation]  # (B or 1, n, 6C)
+        parts = [list(m.chunk(m.shape[-1] // self.config.dim, dim=-1)) for m in modulation]
+        for part in parts:
+            part[1::3] = [1 + scale for scale in part[1::3]]
+        return parts
+
+    def layout(self, n, device, cache=None, copies=1):
+        """The Layout of n latents behind the histories in `cache`, see `vae.make_layout`."""
+        return make_layout(n, self.config.block_size, self.rope, device, cache, copies)
+
+    def rope(self, pos):
+        return pairs_table(pos, self.config, self.txt_in.proj.weight.device)
+
+    def forward(self, z, t=None, time_index=None, modulation=None, layout=None, cache=None):
         """Velocity of every latent.
 
         z (B, n, d).
         t (B or 1, T), in [0, 1]: the times that occur in a row; (B,) or (1,) if there is but one.
         time_index (B or 1, n), 0 .. T-1: which of them each latent has; None: all have the first.
-        modulation: in place of t, what `modulation` returned for it.
-        pos (1, n) and mask: positions and attention mask if not those of one plain sequence (training layout).
+        modulation: in place of t and time_index, what `pick` returned for them.
+        layout: a Layout made before, to use it again, or if the latents are not one plain sequence (training).
         cache: the history; z continues it.  Rows beyond those of the cache have no history.
         Returns v (B, n, d) in fp32.
         """
-        c, n = self.config, z.shape[1]
-        if pos is None:
-            pos, mask = layout(n, c.block_size, z.device, cache)
-        rope_pos = pos if len(pos) == 1 else pos.repeat(len(z) // len(pos), 1)
-        rope = rope_table(rope_pos, c.rope_dim, ROPE_THETA, z.device)
+        if layout is None:
+            layout = self.layout(z.shape[1], z.device, cache, 1 if cache is None else len(z) // cache.batch_size)
 
         if modulation is None:
-            modulation = self.modulation(t.view(len(t), -1))  # (B or 1, T, 6C) for every block
-        if time_index is None:
-            modulation = [m[:, :1] for m in modulation]  # (B or 1, 1, 6C)
-        else:  # picking rows as a product with one-hot rows, so that backward is a product as well
-            pick = F.one_hot(time_index, modulation[0].shape[1]).to(modulation[0].dtype)  # (B or 1, n, T)
-            modulation = [pick @ m for m in modulation]  # (B or 1, n, 6C)
-
+            modulation = self.pick(self.modulation(t.view(len(t), -1)), time_index)
         x = self.txt_in.proj(z.to(self.txt_in.proj.weight.dtype))  # (B, n, C)
         for block, m in zip(self.blocks, modulation[:-1], strict=True):
-            x = block(x, m, rope, pos, mask, cache)
-        shift, scale = modulation[-1].chunk(2, dim=-1)
-        return self.txt_out.proj(modulate(self.txt_out_norm(x), shift, scale)).float()
+            x = block(x, m, layout, cache)
+        return self.txt_out.proj(modulate(self.txt_out_norm(x), *modulation[-1])).float()
 
     def new_cache(self, batch_size, max_len):
         """A cache for `forward` that holds max_len latents a row."""

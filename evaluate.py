@@ -88,7 +88,7 @@ def noise_like(x, seed):
 def reconstruction(report, model, idx, seed):
     """Does the decoder recover the text from the latent?  idx (N, L) held-out tokens."""
     vae, N = model.vae, len(idx)
-    found = in_batches(lambda x: vae.decode(vae.encode(x).mu).argmax(-1), idx)
+    found = in_batches(lambda x: vae.likeliest(vae.encode(x).mu), idx)
     right = (found == idx).float()  # (N, L)
     z0 = in_batches(lambda x, e: vae.encode(x).at(e), idx, noise_like(latents_of(model, idx), seed))
     nats = -in_batches(vae.log_likelihood, z0, idx)
@@ -107,7 +107,7 @@ def reconstruction(report, model, idx, seed):
     z1 = noise_like(z0, seed + 1)
 
     def read_at(t):
-        return in_batches(lambda z, e, x: vae.decode(torch.lerp(z, e, t)).argmax(-1) == x, z0, z1, idx)
+        return in_batches(lambda z, e, x: vae.likeliest(torch.lerp(z, e, t)) == x, z0, z1, idx)
 
     right = torch.stack([read_at(t) for t in times]).float()  # (21, N, L)
     report.add(name, "accuracy by noise level t", jackknife(lambda i: right[:, i].mean((1, 2)), N), N, "", times)

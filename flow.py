@@ -12,7 +12,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from vae import block_mask
+from vae import Layout, block_mask
 
 
 def sample_times(n, loc, scale, generator=None, device=None):
@@ -65,24 +65,22 @@ def layout_velocity(dit, clean, zt, t, still=None):
     exactly the clean history that the sampler's cache would hold; the last clean block is nobody's history."""
     n, block_size = zt.shape[1], dit.config.block_size
     n_clean = (n - 1) // block_size * block_size
-    pos, mask = training_layout(n, n_clean, block_size, zt.device)
     still = torch.zeros(1, n, dtype=torch.long, device=zt.device) if still is None else still.long()
     v = dit(
         torch.cat([clean[:, :n_clean], zt], dim=1),  # (B, n_clean + n, d)
         t=torch.stack([t, torch.zeros_like(t)], dim=1),
         time_index=F.pad(still, (n_clean, 0), value=1),  # 1: time 0, of all that is clean
-        pos=pos,
-        mask=mask,
+        layout=training_layout(n, n_clean, block_size, dit.rope, zt.device),
     )
     return v[:, n_clean:]
 
 
-def training_layout(n, n_clean, block_size, device):
-    """Positions (1, N) on the CPU, N = n_clean + n, and attention mask (1, 1, N, N) of [clean | noisy]."""
+def training_layout(n, n_clean, block_size, rope, device):
+    """The Layout of [clean | noisy], N = n_clean + n latents; rope: a function pos (1, N) -> table."""
     pos = torch.cat([torch.arange(n_clean), torch.arange(n)])[None]
     noisy = torch.arange(n_clean + n) >= n_clean
     block = pos // block_size
-    return pos, block_mask(block, block, noisy, noisy)[:, None].to(device)
+    return Layout(rope(pos), block_mask(block, block, noisy, noisy)[:, None].to(device))  # mask (1, 1, N, N)
 
 
 def guide(v_cond, v_uncond, cfg_scale):

@@ -17,10 +17,14 @@ call that the DiT shares.  Parameter names are those of the released checkpoint,
 
 import math
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+MAX_LOGITS = 1 << 26  # 256 MB in fp32; those of a long batch over 100,278 tokens would take gigabytes
 
 
 @dataclass
@@ -115,36 +119,51 @@ class KVCache:
         start = self.length[:1] if same else self.length
         return start[:, None] + torch.arange(n)
 
-    def write(self, layer, pos, k, v):
-        """Put k, v (B, H, n, D) at positions pos and return all keys and values up to the longest row, (B, H, K, D)."""
-        end = int(pos.max()) + 1
-        if end > self.k.shape[3]:
-            raise ValueError(f"a cache of {self.k.shape[3]} positions cannot hold position {end - 1}")
-        if len(pos) == 1:  # equal histories: a plain slice
-            self.k[layer, :, :, pos[0, 0] : end] = k
-            self.v[layer, :, :, pos[0, 0] : end] = v
+    def write(self, layer, layout, k, v):
+        """Put k, v (B, H, n, D) behind the histories and return all keys and values, (B, H, K, D)."""
+        if layout.pos is None:  # equal histories: a plain slice
+            self.k[layer, :, :, layout.start : layout.end] = k
+            self.v[layer, :, :, layout.start : layout.end] = v
         else:
-            rows = torch.arange(len(pos))[:, None]
-            self.k[layer][rows, :, pos] = k.transpose(1, 2).to(self.k.dtype)
-            self.v[layer][rows, :, pos] = v.transpose(1, 2).to(self.v.dtype)
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+            rows = torch.arange(len(layout.pos), device=k.device)[:, None]
+            self.k[layer][rows, :, layout.pos] = k.transpose(1, 2).to(self.k.dtype)
+            self.v[layer][rows, :, layout.pos] = v.transpose(1, 2).to(self.v.dtype)
+        return self.k[layer, :, :, : layout.end], self.v[layer, :, :, : layout.end]
 
     def commit(self, n):
         """The last n positions written (an int, or a CPU tensor (B,) of one n a row) are history from now on."""
         self.length = self.length + n
 
 
-def layout(n, block_size, device, cache=None):
-    """Positions and attention mask of n new latents: pos (1 or B, n) on the CPU, mask None where all is visible."""
-    pos = torch.arange(n)[None] if cache is None else cache.positions(n)
-    block = pos // block_size
-    if len(pos) == 1 and block[0, 0] == block[0, -1]:  # one block, which sees itself and the whole history
-        return pos, None
-    k_block = torch.arange(int(pos.max()) + 1) // block_size
-    return pos, block_mask(block, k_block)[:, None].to(device)  # (1 or B, 1, n, K)
+class Layout(NamedTuple):
+    """Where the latents of a forward pass stand, and what each sees.  Made once for all layers and solver steps."""
+
+    rope: tuple  # cosines and sines, (1 or B, 1, n, D) each
+    mask: torch.Tensor | None = None  # (1 or B, 1, n, K); None: all is visible
+    pos: torch.Tensor | None = None  # where each row writes in its cache, (B, n); None: all from `start`
+    start: int = 0
+    end: int = 0  # positions of the cache that are in use
 
 
-def attend(q, k, v, pos, mask=None, cache=None, layer=0):
+def make_layout(n, block_size, rope, device, cache=None, copies=1):
+    """The Layout of n new latents behind the histories in `cache`; rope: a function pos (.., n) -> table.
+
+    copies: how many times the rows of the cache come, one after the other, in the batch (see `attend`)."""
+    pos = torch.arange(n)[None] if cache is None else cache.positions(n)  # (1 or B, n)
+    block, end = pos // block_size, int(pos.max()) + 1
+    if cache is not None and end > cache.k.shape[3]:
+        raise ValueError(f"a cache of {cache.k.shape[3]} positions cannot hold position {end - 1}")
+    if len(pos) > 1:
+        mask = block_mask(block, torch.arange(end) // block_size)[:, None].to(device)
+        return Layout(rope(pos.repeat(copies, 1)), mask, pos.to(device), end=end)
+    if block[0, 0] == block[0, -1]:  # one block, which sees itself and the whole history
+        mask = None
+    else:
+        mask = block_mask(block, torch.arange(end) // block_size)[:, None].to(device)  # (1, 1, n, K)
+    return Layout(rope(pos), mask, None, int(pos[0, 0]), end)
+
+
+def attend(q, k, v, layout, cache=None, layer=0):
     """softmax(q k^T / sqrt(D)) v, all (B, H, L, D), with the history in `cache` if there is one.
 
     A batch may have more rows than the cache: the rows beyond it have no history and see only the positions that
@@ -153,10 +172,11 @@ def attend(q, k, v, pos, mask=None, cache=None, layer=0):
     """
     if cache is None:
         if q.requires_grad and q.device.type == "cpu":  # training: in bf16 2 to 3 times as fast as the fused kernel
-            return plain_attention(q, k, v, mask)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            return plain_attention(q, k, v, layout.mask)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=layout.mask)
     n = cache.batch_size
-    out = F.scaled_dot_product_attention(q[:n], *cache.write(layer, pos, k[:n], v[:n]), attn_mask=mask)
+    keys, values = cache.write(layer, layout, k[:n], v[:n])
+    out = F.scaled_dot_product_attention(q[:n], keys, values, attn_mask=layout.mask)
     if len(q) > n:
         out = torch.cat([out, F.scaled_dot_product_attention(q[n:], k[n:], v[n:])])
     return out
@@ -175,17 +195,24 @@ def rope_freqs(dim, theta, device=None):
     return 1.0 / theta ** (torch.arange(0, dim, 2, device=device).float() / dim)
 
 
-def rope_table(pos, dim, theta, device):
-    """cos and sin of position * frequency, each (B, 1, L, dim/2) in fp32."""
-    angle = pos.to(device)[:, None, :, None].float() * rope_freqs(dim, theta, device)
-    return angle.cos(), angle.sin()
+def rotate(x, rope, partner):
+    """Rotary embedding: each channel turns with its partner, x cos + partner(x) sin.  x (B, H, L, D)
 
-
-def rotate_halves(x, rope):
-    """Rotary embedding of the half-split kind: channel i turns with channel i + D/2.  x (B, H, L, D)."""
+    rope: cosines and sines (1 or B, 1, L, D), the sines negative for the first of two partners."""
     cos, sin = rope
-    x1, x2 = x.float().chunk(2, dim=-1)
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).type_as(x)
+    x = x.float()
+    return x * cos + partner(x) * sin
+
+
+def halves(x):
+    """The partners in the VAE: channel i and channel i + D/2."""
+    return x.roll(x.shape[-1] // 2, dims=-1)
+
+
+def halves_table(pos, dim, theta, device):
+    """The table of `rotate` for partners as in `halves`: pos (B, L) -> cosines and sines (B, 1, L, dim) in fp32."""
+    angle = pos.to(device)[:, None, :, None].float() * rope_freqs(dim, theta, device)  # (B, 1, L, dim/2)
+    return torch.cat([angle, angle], dim=-1).cos(), torch.cat([-angle, angle], dim=-1).sin()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -249,26 +276,27 @@ class VAEBlock(nn.Module):
         self.ffn_proj = nn.Linear(C, config.ffn_dim, bias=config.bias)
         self.ffn_out = nn.Linear(config.ffn_dim // 2, C, bias=config.bias)
 
-    def attention(self, x, rope, pos, mask, cache):
+    def attention(self, x, layout, cache):
         q, k, v = self.qkv_proj(x).chunk(3, dim=-1)  # 3 x (B, L, C)
-        q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (y.unflatten(-1, (self.n_head, -1)).transpose(1, 2).to(v.dtype) for y in (q, k, v))  # (B, H, L, D)
-        out = attend(rotate_halves(q, rope), rotate_halves(k, rope), v, pos, mask, cache, self.layer)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        q, k, v = (y.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for y in (q, k, v))  # (B, H, L, D)
+        q, k = (rotate(y, layout.rope, halves).to(v.dtype) for y in (q, k))
+        out = attend(q, k, v, layout, cache, self.layer)
         return self.attn_out_proj(out.transpose(1, 2).flatten(2))
 
     def ffn(self, x):
         value, gate = self.ffn_proj(x).chunk(2, dim=-1)
         return self.ffn_out(F.silu(gate) * value)
 
-    def forward(self, x, *attention_args):
-        """x (B, L, C); attention_args: rope, pos, mask, cache.
+    def forward(self, x, layout, cache=None):
+        """x (B, L, C)
 
         With post_norm the two branches differ: attention reads the raw stream while the stream itself is normalised;
         the feed-forward branch has its output normalised."""
         if self.post_norm:
-            x = self.norm_attn(x) + self.attention(x, *attention_args)
+            x = self.norm_attn(x) + self.attention(x, layout, cache)
             return x + self.norm_ffn(self.ffn(x))
-        x = x + self.attention(self.norm_attn(x), *attention_args)
+        x = x + self.attention(self.norm_attn(x), layout, cache)
         return x + self.ffn(self.norm_ffn(x))
 
 
@@ -318,10 +346,13 @@ class TextVAE(nn.Module):
     def transform(self, x, blocks, cache=None):
         """The transformer of either half.  x (B, n, C) -> (B, n, C)"""
         c = self.config
-        pos, mask = layout(x.shape[1], c.block_size, x.device, cache)
-        rope = rope_table(pos, c.dim // c.n_head, c.rope_theta, x.device)
+
+        def rope(pos):
+            return halves_table(pos, c.dim // c.n_head, c.rope_theta, x.device)
+
+        layout = make_layout(x.shape[1], c.block_size, rope, x.device, cache)
         for block in blocks:
-            x = block(x, rope, pos, mask, cache)
+            x = block(x, layout, cache)
         return x
 
     def encode(self, idx):
@@ -350,26 +381,46 @@ class TextVAE(nn.Module):
 
     def decode(self, z, cache=None):
         """z (B, n, d) latents -> logits (B, n*p, V).  With a cache, z continues the history held there."""
+        return self.decoder.final_layer(self.read(z, cache))
+
+    def read(self, z, cache=None):
+        """`decode` but for its last layer: (B, n, d) -> (B, n*p, C)."""
         c = self.config
         x = self.decoder.in_layer(z.to(self.decoder.in_layer.weight.dtype))  # (B, n, C)
         x = self.transform(x, self.decoder.blocks, cache)
         x = self.decoder.unpatch_layer(x)  # (B, n, C*p)
         x = x.unflatten(-1, (c.dim, c.patch_size)).transpose(2, 3).flatten(1, 2)  # (B, n*p, C)
-        return self.decoder.final_layer(self.decoder.final_norm(x))
+        return self.decoder.final_norm(x)
 
-    def log_likelihood(self, z, idx):
-        """log p(x | z0) of every token, in nats: z (B, n, d), idx (B, n*p) -> (B, n*p)."""
-        return -F.cross_entropy(self.decode(z).float().transpose(1, 2), idx, reduction="none")
+    def log_likelihood(self, z, idx, where=None):
+        """log p(x | z0) of every token, in nats: z (B, n, d), idx (B, n*p) -> (B, n*p).  where: bool (B, n*p), the
+        tokens that are asked for; then (count,).
+
+        At most MAX_LOGITS logits exist at a time; in training, those of a chunk are computed again for its gradient."""
+        x = self.read(z)
+        x, wanted = (x.flatten(0, 1), idx.flatten()) if where is None else (x[where], idx[where])
+        rows = max(MAX_LOGITS // self.config.vocab_size, 1)
+        if len(x) <= rows:
+            log_p = self.score(x, wanted)
+        else:
+            parts = zip(x.split(rows), wanted.split(rows), strict=True)
+            log_p = torch.cat([checkpoint(self.score, *part, use_reentrant=False) for part in parts])
+        return log_p.view_as(idx) if where is None else log_p
+
+    def likeliest(self, z):
+        """The token of the largest logit at every position, with few logits at a time: (B, n, d) -> (B, n*p)."""
+        x = self.read(z)
+        rows = x.flatten(0, 1).split(max(MAX_LOGITS // self.config.vocab_size, 1))
+        return torch.cat([self.decoder.final_layer(part).argmax(-1) for part in rows]).view(x.shape[:2])
+
+    def score(self, x, idx):
+        """log p of token ids (N,) from what `read` returned (N, C)."""
+        return -F.cross_entropy(self.decoder.final_layer(x).float(), idx, reduction="none")
 
     def new_cache(self, batch_size, max_len):
         """A cache for `decode` that holds max_len latents a row."""
         c, weight = self.config, self.decoder.in_layer.weight
         return KVCache(c.n_decoder_layer, batch_size, c.n_head, max_len, c.dim // c.n_head, weight.device, weight.dtype)
-
-
-def token_cross_entropy(logits, idx):
-    """-log p(x | z0) in nats, the mean over all tokens: logits (..., V), idx (...) -> scalar."""
-    return F.cross_entropy(logits.float().flatten(0, -2), idx.flatten())
 
 
 def reconstruction_loss(vae, z0, idx, decoder_noise=0.0, generator=None):
@@ -381,7 +432,7 @@ def reconstruction_loss(vae, z0, idx, decoder_noise=0.0, generator=None):
     if decoder_noise > 0:
         t = decoder_noise * torch.rand(len(z0), 1, 1, generator=generator, device=z0.device)
         z0 = torch.lerp(z0, torch.randn(z0.shape, generator=generator, device=z0.device), t)
-    return token_cross_entropy(vae.decode(z0), idx)
+    return -vae.log_likelihood(z0, idx).mean()
 
 
 def masked_view_loss(vae, idx, mask_ratio, generator=None):
@@ -393,7 +444,7 @@ def masked_view_loss(vae, idx, mask_ratio, generator=None):
     if not masked.any():
         return torch.zeros((), device=idx.device)
     z = vae.encode(idx.masked_fill(masked, vae.mask_id)).sample(generator)
-    return token_cross_entropy(vae.decode(z)[masked], idx[masked])
+    return -vae.log_likelihood(z, idx, masked).mean()
 
 
 def vae_loss(vae, idx, beta, mask_weight, mask_ratio, decoder_noise=0.0, generator=None):
@@ -415,4 +466,4 @@ def vae_loss(vae, idx, beta, mask_weight, mask_ratio, decoder_noise=0.0, generat
 @torch.no_grad()
 def token_accuracy(vae, idx):
     """Share of tokens that argmax decode(mu) gives back.  idx (B, L)"""
-    return (vae.decode(vae.encode(idx).mu).argmax(-1) == idx).float().mean().item()
+    return (vae.likeliest(vae.encode(idx).mu) == idx).float().mean().item()

@@ -20,7 +20,7 @@ import common
 import data
 from common import option
 from judge import text_of
-from vae import VAEBlock, VAEConfig, layout, rope_table
+from vae import VAEBlock, VAEConfig, halves_table, make_layout
 
 
 class Autoregressive(nn.Module):
@@ -39,12 +39,14 @@ class Autoregressive(nn.Module):
     def hidden_matrices(self):
         return [p for p in self.blocks.parameters() if p.dim() == 2]
 
+    def rope(self, pos):
+        return halves_table(pos, self.head_dim, 10000.0, pos.device)
+
     def forward(self, idx):  # (B, L) -> (B, L, V)
-        pos, mask = layout(idx.shape[1], 1, idx.device)
-        rope = rope_table(pos, self.head_dim, 10000.0, idx.device)
+        layout = make_layout(idx.shape[1], 1, self.rope, idx.device)
         x = self.embed(idx)
         for block in self.blocks:
-            x = block(x, rope, pos, mask, None)
+            x = block(x, layout)
         return self.head(self.norm(x))
 
 

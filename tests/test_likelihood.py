@@ -29,8 +29,11 @@ class GaussianPrior:
         last = torch.cat([torch.zeros_like(blocks[:, :1]), blocks[:, :-1]], 1)[:, :, -1:]
         return last.expand_as(blocks).flatten(2)  # (B, blocks, 2 d)
 
-    def __call__(self, z, t, time_index, pos, mask):
-        n = int(pos.max()) + 1
+    def rope(self, pos):
+        return pos
+
+    def __call__(self, z, t, time_index, layout):
+        n = int(layout.rope.max()) + 1
         clean, zt = z[:, : z.shape[1] - n], z[:, -n:]
         d, block_size = z.shape[2], self.config.block_size
         mean = self.mean(torch.cat([clean, zt[:, :block_size]], 1))  # nothing reads the last block
@@ -96,7 +99,10 @@ class StandardNormalPrior(nn.Module):
         super().__init__()
         self.config = SimpleNamespace(block_size=1, latent_dim=1)
 
-    def forward(self, z, t, time_index, pos, mask):
+    def rope(self, pos):
+        return pos
+
+    def forward(self, z, t, time_index, layout):
         t = t[0, 0]
         return z * (2 * t - 1) / ((1 - t) ** 2 + t**2)
 

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 
 import cola
+import vae
 from dit import DiT, DiTConfig
 from flow import flow_matching_loss, sample_times, simulated_prompts, solve, training_layout
-from vae import Posterior, TextVAE, VAEConfig, block_mask, layout, vae_loss
+from vae import Layout, Posterior, TextVAE, VAEConfig, block_mask, vae_loss
 
 BLOCK, d, V = 4, 8, 30
 
@@ -59,13 +60,14 @@ def test_block_mask_by_hand():
 
 
 def test_no_mask_where_none_is_needed():
-    assert layout(BLOCK, BLOCK, "cpu")[1] is None
-    assert layout(BLOCK + 1, BLOCK, "cpu")[1] is not None
-    cache = small_dit().new_cache(2, 5 * BLOCK)
+    dit = small_dit()
+    assert dit.layout(BLOCK, "cpu").mask is None
+    assert dit.layout(BLOCK + 1, "cpu").mask is not None
+    cache = dit.new_cache(2, 5 * BLOCK)
     cache.commit(2 * BLOCK)
-    assert layout(BLOCK, BLOCK, "cpu", cache)[1] is None
+    assert dit.layout(BLOCK, "cpu", cache).mask is None
     cache.commit(torch.tensor([0, BLOCK]))
-    assert layout(BLOCK, BLOCK, "cpu", cache)[1] is not None
+    assert dit.layout(BLOCK, "cpu", cache).mask is not None
 
 
 def touched(function, x, position):
@@ -90,11 +92,11 @@ def test_no_position_sees_a_later_block():
 def test_training_layout_leaks_nothing():
     """A clean latent reaches the noisy blocks after its own, a noisy latent its own block only."""
     dit, n, n_clean = small_dit(), 3 * BLOCK, 2 * BLOCK
-    pos, mask = training_layout(n, n_clean, BLOCK, "cpu")
+    layout = training_layout(n, n_clean, BLOCK, dit.rope, "cpu")
     time_index = F.pad(torch.zeros(1, n, dtype=torch.long), (n_clean, 0), value=1)
 
     def noisy_half(x):
-        return dit(x, torch.tensor([[0.5, 0.0]]), time_index, pos=pos, mask=mask)[:, n_clean:]
+        return dit(x, torch.tensor([[0.5, 0.0]]), time_index, layout=layout)[:, n_clean:]
 
     x = torch.randn(1, n_clean + n, d)
     for position in range(n_clean):
@@ -147,7 +149,7 @@ def test_noisy_half_of_the_training_layout_equals_cached_inference():
     seen = []
 
     class Recorder:
-        config = dit.config
+        config, rope = dit.config, staticmethod(dit.rope)
 
         def __call__(self, *args, **kwargs):
             seen.append(dit(*args, **kwargs))
@@ -191,12 +193,27 @@ def test_times():
     per_position = dit(z, torch.where(clean, 0.0, t[:, None]), torch.arange(8)[None])
     both = torch.stack([t, torch.zeros(2)], 1)
     torch.testing.assert_close(dit(z, both, clean.long()), per_position)
-    torch.testing.assert_close(dit(z, modulation=dit.modulation(both), time_index=clean.long()), per_position)
+    torch.testing.assert_close(dit(z, modulation=dit.pick(dit.modulation(both), clean.long())), per_position)
     torch.testing.assert_close(dit(z, both), dit(z, t))
 
 
 def test_a_new_prior_predicts_zero():
     assert not DiT(small_dit().config)(torch.randn(2, 6, d), torch.rand(2)).any()
+
+
+def test_few_logits_at_a_time_are_the_same_computation(monkeypatch):
+    model, idx, z = small_vae(), torch.randint(0, V, (3, 8)), torch.randn(3, 8, d)
+    where = torch.rand(3, 8) < 0.5
+    by_hand = model.decode(z).log_softmax(-1).gather(-1, idx[..., None])[..., 0]
+    results = []
+    for limit in (vae.MAX_LOGITS, 5 * V):
+        monkeypatch.setattr(vae, "MAX_LOGITS", limit)
+        log_p = model.log_likelihood(z, idx)
+        torch.testing.assert_close(log_p, by_hand)
+        torch.testing.assert_close(model.log_likelihood(z, idx, where), by_hand[where])
+        assert torch.equal(model.likeliest(z), model.decode(z).argmax(-1))
+        results.append(torch.autograd.grad(log_p.sum(), model.parameters(), allow_unused=True))
+    assert all(a is None or torch.allclose(a, b, atol=1e-5) for a, b in zip(*results, strict=True))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -226,10 +243,9 @@ def test_dit_options_survive_a_round_trip(tmp_path):
 def test_pre_norm_block_is_the_ordinary_one():
     vae = small_vae(post_norm=False)
     block, x = vae.decoder.blocks[0], torch.randn(1, 3, 32)
-    pos, mask = layout(3, BLOCK, "cpu")
-    rope = (torch.ones(1, 1, 3, 8), torch.zeros(1, 1, 3, 8))  # angle 0
-    h = x + block.attention(block.norm_attn(x), rope, pos, mask, None)
-    torch.testing.assert_close(block(x, rope, pos, mask, None), h + block.ffn(block.norm_ffn(h)))
+    layout = Layout((torch.ones(1, 1, 3, 16), torch.zeros(1, 1, 3, 16)))  # angle 0, nothing hidden
+    h = x + block.attention(block.norm_attn(x), layout, None)
+    torch.testing.assert_close(block(x, layout), h + block.ffn(block.norm_ffn(h)))
 
 
 def test_patches():
@@ -323,7 +339,7 @@ def test_gradient_reaches_the_encoder_through_the_noisy_latents_only():
     t, z1 = torch.tensor([0.25]), torch.randn(1, 2 * BLOCK, d)
 
     class Copy:
-        config = dit.config
+        config, rope = dit.config, staticmethod(dit.rope)
 
         def __call__(self, z, *args, **kwargs):
             return self.factor * z
