@@ -68,6 +68,8 @@ def pick_tokens(logits, uniform, temperature, top_k, top_p):
 # ----------------------------------------------------------------------------------------------------------------------
 # The model
 
+STATIC_LEN = 256  # positions; the caches of a compiled sampler have a multiple of it
+
 
 class ColaDLM(nn.Module):
     """A TextVAE, a DiT over its latents, and the tokenizer that belongs to them (None: token ids only)."""
@@ -76,6 +78,14 @@ class ColaDLM(nn.Module):
         super().__init__()
         check_fit(vae.config, dit.config)
         self.vae, self.dit, self.tokenizer = vae, dit, tokenizer
+        self.step, self.static = dit.forward, False  # what evaluates the velocity while sampling; see `compile_sampler`
+
+    def compile_sampler(self, **options):
+        """Compile a step of the sampler, with the options of torch.compile.  On CUDA, mode="reduce-overhead" makes it
+        one CUDA graph.  Shapes stay the same from block to block, and so does the graph; a new batch size or a new
+        multiple of STATIC_LEN in length compiles again, which takes up to minutes."""
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # one for each batch size
+        self.step, self.static = torch.compile(self.dit.forward, fullgraph=True, dynamic=False, **options), True
 
     @property
     def device(self):
@@ -120,16 +130,16 @@ class ColaDLM(nn.Module):
         next full block, takes empty prompts, and makes no cache entry for a last block that nobody reads."""
         ids = prompt_ids(self.tokenizer, prompts)
         writers = [Writer(self.tokenizer if isinstance(p, str) else None, eos_id, max_new_tokens) for p in prompts]
-        for block in self.blocks(ids, max_new_tokens, **options):
-            yield [writer.write(row, block.last) for writer, row in zip(writers, block.new, strict=True)]
-            if all(writer.done for writer in writers):
-                return
+        for block in self.blocks(ids, max_new_tokens, eos_id, **options):
+            new = dict(zip(block.rows, block.new, strict=True))
+            yield [writer.write(new.get(row, []), block.last) for row, writer in enumerate(writers)]
 
     @torch.no_grad()
     def blocks(
         self,
         ids,
         max_new_tokens=64,
+        eos_id=None,
         steps=16,
         cfg_scale=7.0,
         solver="euler",
@@ -143,9 +153,11 @@ class ColaDLM(nn.Module):
         noise=None,
         round_time=False,
     ):
-        """The block generator: yield a `Block` of latents and tokens at a time, until max_new_tokens are there.
+        """The block generator: yield a `Block` of latents and tokens at a time, until no row needs another.
 
         ids: a list of token ids for every row.
+        max_new_tokens, eos_id: a row needs no other block once it has so many new tokens, or this one.  Rows that are
+        finished leave the batch together, when they are a quarter of it (half of it with a compiled step).
         steps, solver: of the ODE from noise to latent, "euler" or "heun" (two evaluations a step).
         cfg_scale: guidance u + s (c - u) of the block with its history over the block without; 1 skips the second.
         temperature: 0 takes the likeliest token at each position; otherwise top_k and top_p apply (0 and 1: off).
@@ -169,7 +181,8 @@ class ColaDLM(nn.Module):
         if not ids:
             return
         B = len(ids)
-        row_ids = range(B) if row_ids is None else row_ids
+        rows, left = list(range(B)), [max_new_tokens] * B  # rows in the batch; new tokens that each row still needs
+        row_ids = list(range(B) if row_ids is None else row_ids)
 
         # 1. Encode the prompts.  Whole blocks are history; the latents left over open the first generated block, and
         # the tokens left over are the slots of that block which are not new.
@@ -187,14 +200,13 @@ class ColaDLM(nn.Module):
 
         # 2. One pass of both models over the history fills their caches.
         max_len = int(n_history.max()) + n_blocks * block_size
-        vae_cache, dit_cache = self.vae.new_cache(B, max_len), self.dit.new_cache(B, max_len)
+        dit_len = -(-max_len // STATIC_LEN) * STATIC_LEN if self.static else max_len
+        vae_cache, dit_cache = self.vae.new_cache(B, max_len), self.dit.new_cache(B, dit_len, self.static)
         times = torch.linspace(1.0, 0.0, steps + 1, device=device)
         network_times = (1000 * times).bfloat16().float() / 1000 if round_time else times
         both_times = torch.stack([network_times, torch.zeros_like(times)], dim=1)  # [t_i, 0] for each step i
-        per_layer = self.dit.modulation(both_times)  # (steps + 1, 2, ...) each
-        modulation = [[layer[i, None] for layer in per_layer] for i in range(steps + 1)]
-        all_noisy = [self.dit.pick(m) for m in modulation]
-        at_zero = all_noisy[-1]  # t ends there
+        modulation = self.dit.modulation(both_times)[:, None]  # (steps + 1, 1, 2, ...)
+        at_zero = modulation[-1]  # of [0, 0]: t ends there
         if n_history.any():
             history = prompt_z[:, : int(n_history.max())]
             self.dit(history, modulation=at_zero, cache=dit_cache)
@@ -212,12 +224,12 @@ class ColaDLM(nn.Module):
         seen = torch.zeros(B, c.vocab_size, dtype=torch.bool, device=device)  # ids predicted in earlier blocks
         for b in range(n_blocks):
             # 3. Noise to latents, given the history.
-            generators = block_generators(seed, row_ids, b)
+            generators = block_generators(seed, [row_ids[row] for row in rows], b)
             z = torch.stack([torch.randn(block_size, d, generator=g) for g in generators])
-            z = (z if noise is None else noise[b]).to(device, torch.float32)  # (B, block_size, d)
+            z = (z if noise is None else noise[b, rows]).to(device, torch.float32)  # (B, block_size, d)
             if clean is not None:
                 z = torch.where(clean[..., None], clean_z, z)
-            velocity = self.guided_velocity(modulation, all_noisy, dit_cache, cfg_scale, clean)
+            velocity = self.guided_velocity(modulation, dit_cache, cfg_scale, clean)
             z = solve(velocity, z, times, solver)
 
             # 4. Latents to tokens, once.
@@ -228,16 +240,26 @@ class ColaDLM(nn.Module):
             tokens = pick_tokens(logits, uniform, temperature, top_k, top_p)  # (B, chunk)
             seen.scatter_(1, tokens, True)
             last = b == n_blocks - 1
-            yield Block(z, [row[slots:] for row, slots in zip(tokens.tolist(), n_slots, strict=True)], last)
+            new = [tokens[slots:] for tokens, slots in zip(tokens.tolist(), n_slots, strict=True)]
+            yield Block(z, new, last, rows)
 
-            # 5. The finished block becomes history, at t = 0.
-            if not last:
-                self.dit(z, modulation=at_zero, cache=dit_cache)
-                dit_cache.commit(block_size)
-                vae_cache.commit(block_size)
-                clean, n_slots = None, [0] * B
+            # 5. The finished block becomes history, at t = 0, for the rows that go on.
+            for row, ids_of_row in zip(rows, new, strict=True):
+                left[row] = 0 if eos_id in ids_of_row else left[row] - len(ids_of_row)
+            going = [i for i, row in enumerate(rows) if left[row] > 0]
+            if last or not going:
+                return
+            if len(going) <= (0.5 if self.static else 0.75) * len(rows):  # every new batch size is compiled anew
+                rows, z, seen = [rows[i] for i in going], z[going], seen[going]
+                dit_cache.keep(going)
+                vae_cache.keep(going)
+            layout = self.dit.layout(block_size, device, dit_cache)
+            self.step(z, None, None, at_zero, layout, dit_cache)
+            dit_cache.commit(block_size)
+            vae_cache.commit(block_size)
+            clean, n_slots = None, [0] * len(rows)
 
-    def guided_velocity(self, modulation, all_noisy, cache, cfg_scale, clean):
+    def guided_velocity(self, modulation, cache, cfg_scale, clean):
         """The velocity of one block as a function (z (B, block_size, d), step) -> (B, block_size, d).
 
         Rows without a history are not guided: there both branches are one and the same, and guidance would only
@@ -246,15 +268,11 @@ class ColaDLM(nn.Module):
         copies = 2 if guided.any() else 1
         scale = torch.where(guided, cfg_scale, 1.0).to(cache.k.device)[:, None, None]
         layout = self.dit.layout(self.dit.config.block_size, cache.k.device, cache, copies)
-        if clean is None:
-            picked = all_noisy
-        else:
-            time_index = clean.long().repeat(copies, 1)  # 0: the time of this step, 1: time 0
-            picked = [self.dit.pick(m, time_index) for m in modulation]
+        time_index = None if clean is None else clean.long().repeat(copies, 1)  # 0: the time of this step, 1: time 0
 
         def velocity(z, i):
             # Both branches in one batch; the second half has no rows in the cache, hence no history.
-            v = self.dit(z.repeat(copies, 1, 1), modulation=picked[i], layout=layout, cache=cache)
+            v = self.step(z.repeat(copies, 1, 1), None, time_index, modulation[i], layout, cache)
             if copies == 2:
                 v = guide(*v.chunk(2), scale)
             return v if clean is None else v.masked_fill(clean[..., None], 0.0)
@@ -342,11 +360,12 @@ class LogWeights(NamedTuple):
 
 
 class Block(NamedTuple):
-    """One generated block of all rows."""
+    """One generated block of all rows that are in the batch."""
 
     z: torch.Tensor  # (B, block_size, d), in the units of the DiT
     new: list[list[int]]  # the tokens of each row, those of the prompt excepted
     last: bool  # no block will follow
+    rows: list[int]  # which of the prompts they are
 
 
 def block_generators(seed, row_ids, block):

@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from vae import KVCache, attend, check_sizes, make_layout, rope_freqs, rotate
+from vae import KVCache, attend, check_sizes, make_layout, rope_freqs, rotate, run_block
 
 TIME_CHANNELS = 256
 ROPE_THETA = 10000.0
@@ -129,19 +129,31 @@ class DiTBlock(nn.Module):
     def modulation(self, e):  # (..., C) -> (..., 6C)
         return torch.cat([layer(e) for layer in self.ada.values()], dim=-1)
 
-    def forward(self, x, modulation, layout, cache=None):
-        """x (B, L, C); modulation: six tensors that broadcast to it, see `DiT.pick`."""
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
+    def forward(self, x, modulation, choice, layout, cache=None):
+        """x (B, L, C); modulation and choice as in `pick`, six tensors."""
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = pick(modulation, choice)
         x = x + gate_msa * self.msa(modulate(self.norm(x), shift_msa, scale_msa), layout, cache)
         return x + gate_mlp * self.mlp(modulate(self.norm(x), shift_mlp, scale_mlp))
 
 
+def pick(modulation, choice):
+    """The modulation of every position, k tensors (B or 1, L or 1, C), from that of T times (B or 1, T, k, C).
+
+    choice (B or 1, L, T): one-hot, the time of each position; None: the first, for all.  A product with one-hot rows
+    has a product as its backward, which an index has not."""
+    if choice is None:
+        return modulation[:, :1].unbind(2)
+    return (choice @ modulation.flatten(2)).unflatten(-1, modulation.shape[2:]).unbind(2)
+
+
 def modulate(x, shift, scale):
-    return x * scale + shift
+    return x * (1 + scale) + shift
 
 
 class DiT(nn.Module):
     """v = DiT(z_t, t), the velocity dz/dt of the probability flow."""
+
+    checkpointing = False  # see `vae.run_block`
 
     def __init__(self, config):
         super().__init__()
@@ -174,26 +186,11 @@ class DiT(nn.Module):
         return [p for part in parts for p in part.parameters() if p.dim() == 2]
 
     def modulation(self, t):
-        """All that the network needs to know of times t (...) in [0, 1]: a tensor (..., 6C) for every block and one
-        (..., 2C) for the output.  It depends on nothing else, so a sampler computes it once per run."""
+        """All that the network needs to know of times t (...) in [0, 1]: six vectors for every block and two for the
+        output, (..., 6 n_layer + 2, C).  It depends on nothing else, so a sampler computes it once per run."""
         e = self.emb_in(t)
-        return [block.modulation(e) for block in self.blocks] + [self.txt_out_ada.out_in(e)]
-
-    def pick(self, modulation, time_index=None):
-        """The modulation of every latent: shift, scale and gate of attention, the same of the MLP, for every block, and
-        shift and scale for the output.  Each (B or 1, n or 1, C); the scales with their 1 added.
-
-        modulation: tensors (B or 1, T, 6C) of T times; time_index (B or 1, n): which time each latent has; None: the
-        first, for all."""
-        if time_index is None:
-            modulation = [m[:, :1] for m in modulation]  # (B or 1, 1, 6C)
-        else:  # picking rows as a product with one-hot rows, so that backward is a product as well
-            choice = F.one_hot(time_index, modulation[0].shape[1]).to(modulation[0].dtype)  # (B or 1, n, T)
-            modulation = [choice @ m for m in modulation]  # (B or 1, n, 6C)
-        parts = [list(m.chunk(m.shape[-1] // self.config.dim, dim=-1)) for m in modulation]
-        for part in parts:
-            part[1::3] = [1 + scale for scale in part[1::3]]
-        return parts
+        parts = [block.modulation(e) for block in self.blocks] + [self.txt_out_ada.out_in(e)]
+        return torch.cat(parts, dim=-1).unflatten(-1, (-1, self.config.dim))
 
     def layout(self, n, device, cache=None, copies=1):
         """The Layout of n latents behind the histories in `cache`, see `vae.make_layout`."""
@@ -208,7 +205,7 @@ class DiT(nn.Module):
         z (B, n, d).
         t (B or 1, T), in [0, 1]: the times that occur in a row; (B,) or (1,) if there is but one.
         time_index (B or 1, n), 0 .. T-1: which of them each latent has; None: all have the first.
-        modulation: in place of t and time_index, what `pick` returned for them.
+        modulation: in place of t, what `modulation` returned for it.
         layout: a Layout made before, to use it again, or if the latents are not one plain sequence (training).
         cache: the history; z continues it.  Rows beyond those of the cache have no history.
         Returns v (B, n, d) in fp32.
@@ -217,13 +214,18 @@ class DiT(nn.Module):
             layout = self.layout(z.shape[1], z.device, cache, 1 if cache is None else len(z) // cache.batch_size)
 
         if modulation is None:
-            modulation = self.pick(self.modulation(t.view(len(t), -1)), time_index)
-        x = self.txt_in.proj(z.to(self.txt_in.proj.weight.dtype))  # (B, n, C)
-        for block, m in zip(self.blocks, modulation[:-1], strict=True):
-            x = block(x, m, layout, cache)
-        return self.txt_out.proj(modulate(self.txt_out_norm(x), *modulation[-1])).float()
+            modulation = self.modulation(t.view(len(t), -1))  # (B or 1, T, 6 M + 2, C)
+        choice = None
+        if time_index is not None:
+            choice = F.one_hot(time_index, modulation.shape[1]).to(modulation.dtype)  # (B or 1, n, T)
 
-    def new_cache(self, batch_size, max_len):
+        x = self.txt_in.proj(z.to(self.txt_in.proj.weight.dtype))  # (B, n, C)
+        for i, block in enumerate(self.blocks):
+            x = run_block(block, self.checkpointing, x, modulation[:, :, 6 * i : 6 * i + 6], choice, layout, cache)
+        shift, scale = pick(modulation[:, :, -2:], choice)
+        return self.txt_out.proj(modulate(self.txt_out_norm(x), shift, scale)).float()
+
+    def new_cache(self, batch_size, max_len, static=False):
         """A cache for `forward` that holds max_len latents a row."""
         c, weight = self.config, self.txt_in.proj.weight
-        return KVCache(c.n_layer, batch_size, c.n_head, max_len, c.head_dim, weight.device, weight.dtype)
+        return KVCache(c.n_layer, batch_size, c.n_head, max_len, c.head_dim, weight.device, weight.dtype, static)

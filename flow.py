@@ -12,7 +12,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from vae import Layout, block_mask
+from vae import Layout, block_mask, flex_mask
 
 
 def sample_times(n, loc, scale, generator=None, device=None):
@@ -75,11 +75,15 @@ def layout_velocity(dit, clean, zt, t, still=None):
     return v[:, n_clean:]
 
 
-def training_layout(n, n_clean, block_size, rope, device):
-    """The Layout of [clean | noisy], N = n_clean + n latents; rope: a function pos (1, N) -> table."""
+def training_layout(n, n_clean, block_size, rope, device, flex=None):
+    """The Layout of [clean | noisy], N = n_clean + n latents; rope: a function pos (1, N) -> table.
+
+    flex: with a mask for FlexAttention; default on CUDA."""
     pos = torch.cat([torch.arange(n_clean), torch.arange(n)])[None]
     noisy = torch.arange(n_clean + n) >= n_clean
     block = pos // block_size
+    if device.type == "cuda" if flex is None else flex:
+        return Layout(rope(pos), flex_mask(tuple(block[0].tolist()), tuple(noisy.tolist()), device))
     return Layout(rope(pos), block_mask(block, block, noisy, noisy)[:, None].to(device))  # mask (1, 1, N, N)
 
 

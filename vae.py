@@ -15,6 +15,7 @@ Also here, because this is the first file that needs them: the attention mask, t
 call that the DiT shares.  Parameter names are those of the released checkpoint, so a state_dict needs no translation.
 """
 
+import functools
 import math
 from dataclasses import dataclass, fields
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 MAX_LOGITS = 1 << 26  # 256 MB in fp32; those of a long batch over 100,278 tokens would take gigabytes
@@ -91,8 +93,25 @@ def block_mask(q_block, k_block, q_noisy=None, k_noisy=None):
     q_block, k_block = q_block[..., :, None], k_block[..., None, :]
     if q_noisy is None:
         return k_block <= q_block
-    q_noisy, k_noisy = q_noisy[..., :, None], k_noisy[..., None, :]
+    return sees(q_block, k_block, q_noisy[..., :, None], k_noisy[..., None, :])
+
+
+def sees(q_block, k_block, q_noisy, k_noisy):
+    """The rule of `block_mask`, for one pair of positions or for tensors that broadcast."""
     return (~k_noisy & (k_block < q_block)) | ((k_noisy == q_noisy) & (k_block == q_block))
+
+
+@functools.lru_cache(maxsize=16)
+def flex_mask(block, noisy, device):
+    """`block_mask` of a sequence with itself for FlexAttention, which skips what nobody sees.  Made once per shape.
+
+    block, noisy: of every position, tuples."""
+    n, block, noisy = len(block), torch.tensor(block, device=device), torch.tensor(noisy, device=device)
+
+    def visible(b, h, q, k):
+        return sees(block[q], block[k], noisy[q], noisy[k])
+
+    return create_block_mask(visible, None, None, n, n, device)
 
 
 class KVCache:
@@ -101,13 +120,24 @@ class KVCache:
     Rows may have histories of different lengths (`length`, kept on the CPU so that asking never waits for the GPU).
     A forward pass writes its own keys and values behind the history of each row; they are scratch, overwritten by the
     next pass, until `commit` makes them part of the history.  That is how the steps of an ODE solver reuse one cache.
+
+    static: attention reads all max_len positions, masked, so that every block has the same shapes: what a compiled graph
+    needs.  Otherwise it reads those in use.
     """
 
-    def __init__(self, n_layer, batch_size, n_head, max_len, head_dim, device=None, dtype=None):
+    def __init__(self, n_layer, batch_size, n_head, max_len, head_dim, device=None, dtype=None, static=False):
         shape = (n_layer, batch_size, n_head, max_len, head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)  # zeros: a masked NaN would still be a NaN
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.length = torch.zeros(batch_size, dtype=torch.long)
+        self.static = static
+        self.pin()
+
+    def pin(self):
+        """Tell the compiler that a static cache stays in its place, so that a CUDA graph may write to it."""
+        if self.static:
+            torch._dynamo.mark_static_address(self.k)
+            torch._dynamo.mark_static_address(self.v)
 
     @property
     def batch_size(self):
@@ -130,6 +160,11 @@ class KVCache:
             self.v[layer][rows, :, layout.pos] = v.transpose(1, 2).to(self.v.dtype)
         return self.k[layer, :, :, : layout.end], self.v[layer, :, :, : layout.end]
 
+    def keep(self, rows):
+        """Forget all rows but these."""
+        self.k, self.v, self.length = self.k[:, rows], self.v[:, rows], self.length[rows]
+        self.pin()
+
     def commit(self, n):
         """The last n positions written (an int, or a CPU tensor (B,) of one n a row) are history from now on."""
         self.length = self.length + n
@@ -139,7 +174,7 @@ class Layout(NamedTuple):
     """Where the latents of a forward pass stand, and what each sees.  Made once for all layers and solver steps."""
 
     rope: tuple  # cosines and sines, (1 or B, 1, n, D) each
-    mask: torch.Tensor | None = None  # (1 or B, 1, n, K); None: all is visible
+    mask: torch.Tensor | BlockMask | None = None  # (1 or B, 1, n, K); None: all is visible
     pos: torch.Tensor | None = None  # where each row writes in its cache, (B, n); None: all from `start`
     start: int = 0
     end: int = 0  # positions of the cache that are in use
@@ -153,8 +188,11 @@ def make_layout(n, block_size, rope, device, cache=None, copies=1):
     block, end = pos // block_size, int(pos.max()) + 1
     if cache is not None and end > cache.k.shape[3]:
         raise ValueError(f"a cache of {cache.k.shape[3]} positions cannot hold position {end - 1}")
-    if len(pos) > 1:
-        mask = block_mask(block, torch.arange(end) // block_size)[:, None].to(device)
+    static = cache is not None and cache.static
+    if static:
+        pos, end = pos.expand(cache.batch_size, -1), cache.k.shape[3]
+    if static or len(pos) > 1:  # positions of a row beyond its end count as later blocks
+        mask = block_mask(pos // block_size, torch.arange(end) // block_size)[:, None].to(device)
         return Layout(rope(pos.repeat(copies, 1)), mask, pos.to(device), end=end)
     if block[0, 0] == block[0, -1]:  # one block, which sees itself and the whole history
         mask = None
@@ -170,6 +208,8 @@ def attend(q, k, v, layout, cache=None, layer=0):
     come with them, all of them: one block.  Classifier-free guidance runs its unconditional branch that way, in the
     same batch.
     """
+    if isinstance(layout.mask, BlockMask):
+        return (compiled_flex_attention() if q.is_cuda else flex_attention)(q, k, v, block_mask=layout.mask)
     if cache is None:
         if q.requires_grad and q.device.type == "cpu":  # training: in bf16 2 to 3 times as fast as the fused kernel
             return plain_attention(q, k, v, layout.mask)
@@ -180,6 +220,12 @@ def attend(q, k, v, layout, cache=None, layer=0):
     if len(q) > n:
         out = torch.cat([out, F.scaled_dot_product_attention(q[n:], k[n:], v[n:])])
     return out
+
+
+@functools.cache
+def compiled_flex_attention():
+    """FlexAttention is a fast kernel only if compiled."""
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def plain_attention(q, k, v, mask):
@@ -262,6 +308,13 @@ class Posterior:
         return torch.log((self.mu**2).mean() / torch.exp(self.logvar).mean())
 
 
+def run_block(block, checkpointing, *args):
+    """block(*args).  With checkpointing its activations are computed again for the gradient, not kept: less memory."""
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, *args, use_reentrant=False)
+    return block(*args)
+
+
 class VAEBlock(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
@@ -302,6 +355,8 @@ class VAEBlock(nn.Module):
 
 class TextVAE(nn.Module):
     """`encode`: tokens -> Posterior.  `decode`: latents -> logits."""
+
+    checkpointing = False  # see `run_block`
 
     def __init__(self, config):
         super().__init__()
@@ -352,7 +407,7 @@ class TextVAE(nn.Module):
 
         layout = make_layout(x.shape[1], c.block_size, rope, x.device, cache)
         for block in blocks:
-            x = block(x, layout, cache)
+            x = run_block(block, self.checkpointing, x, layout, cache)
         return x
 
     def encode(self, idx):

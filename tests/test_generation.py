@@ -44,6 +44,31 @@ def test_a_row_does_not_depend_on_the_batch(model, options):
     assert together != model.generate(PROMPTS, seed=6, **options)
 
 
+def test_finished_rows_leave_the_batch(model, monkeypatch):
+    """The fourth row is done after its first token; the others come out as without it."""
+    options = dict(max_new_tokens=20, steps=2, seed=3)
+    whole = model.generate(PROMPTS, **options)
+    eos = whole[3][0]
+    sizes = []
+    real = model.step
+    monkeypatch.setattr(model, "step", lambda z, *args, **kwargs: sizes.append(len(z)) or real(z, *args, **kwargs))
+    wanted = [row[: row.index(eos)] if eos in row else row for row in whole]
+    assert model.generate(PROMPTS, eos_id=eos, **options) == wanted and wanted[3] == []
+    assert sizes[0] in (4, 8) and sizes[-1] <= 6
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, [[1, 2], [3, 4]]])
+def test_a_compiled_step_is_the_same_computation(prompts):
+    model = ColaDLM(small_vae(), small_dit()).requires_grad_(False)
+    options = dict(max_new_tokens=10, steps=2, seed=5)
+    wanted = model.generate(prompts, **options)
+    model.compile_sampler(backend="aot_eager")  # fails at a graph break
+    assert model.generate(prompts, **options) == wanted
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert model.generate(prompts, **options | dict(seed=6)) != wanted
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs  # nothing was compiled again
+
+
 def test_stream_yields_what_generate_returns(model):
     options = dict(max_new_tokens=10, steps=2)
     blocks = list(model.stream(PROMPTS, **options))

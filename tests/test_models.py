@@ -92,7 +92,7 @@ def test_no_position_sees_a_later_block():
 def test_training_layout_leaks_nothing():
     """A clean latent reaches the noisy blocks after its own, a noisy latent its own block only."""
     dit, n, n_clean = small_dit(), 3 * BLOCK, 2 * BLOCK
-    layout = training_layout(n, n_clean, BLOCK, dit.rope, "cpu")
+    layout = training_layout(n, n_clean, BLOCK, dit.rope, torch.device("cpu"))
     time_index = F.pad(torch.zeros(1, n, dtype=torch.long), (n_clean, 0), value=1)
 
     def noisy_half(x):
@@ -193,12 +193,42 @@ def test_times():
     per_position = dit(z, torch.where(clean, 0.0, t[:, None]), torch.arange(8)[None])
     both = torch.stack([t, torch.zeros(2)], 1)
     torch.testing.assert_close(dit(z, both, clean.long()), per_position)
-    torch.testing.assert_close(dit(z, modulation=dit.pick(dit.modulation(both), clean.long())), per_position)
+    torch.testing.assert_close(dit(z, modulation=dit.modulation(both), time_index=clean.long()), per_position)
     torch.testing.assert_close(dit(z, both), dit(z, t))
 
 
 def test_a_new_prior_predicts_zero():
     assert not DiT(small_dit().config)(torch.randn(2, 6, d), torch.rand(2)).any()
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_is_the_same_computation():
+    dit, n, n_clean = small_dit().requires_grad_(False), 10, 2 * BLOCK
+    z, t = torch.randn(2, n_clean + n, d), torch.tensor([[0.5, 0.0]])
+    index = (torch.arange(n_clean + n) < n_clean)[None].long()
+    layouts = [training_layout(n, n_clean, BLOCK, dit.rope, z.device, flex) for flex in (False, True)]
+    dense, flex = (dit(z, t, index, layout=layout) for layout in layouts)
+    torch.testing.assert_close(flex, dense)
+    same = training_layout(n, n_clean, BLOCK, dit.rope, z.device, True)
+    assert same.mask is layouts[1].mask  # made once per shape
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_checkpointing_changes_no_gradient(device):
+    if device == "cuda" and not torch.cuda.is_available():
+        return
+    print(f"on {device}")
+    vae, dit = small_vae().to(device), small_dit().to(device)
+    idx, t = torch.randint(0, V, (2, 8), device=device), torch.tensor([0.3, 0.6], device=device)
+    z1 = torch.randn(2, 8, d, device=device)
+    gradients = []
+    for checkpointing in (False, True):
+        vae.checkpointing = dit.checkpointing = checkpointing
+        z0 = vae.encode(idx).mu
+        loss = flow_matching_loss(dit, z0, z1, t) - vae.log_likelihood(z0, idx).mean()
+        gradients.append(torch.autograd.grad(loss, [*vae.parameters(), *dit.parameters()], allow_unused=True))
+    for a, b in zip(*gradients, strict=True):
+        assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, atol=1e-6))
 
 
 def test_few_logits_at_a_time_are_the_same_computation(monkeypatch):
