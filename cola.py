@@ -562,8 +562,13 @@ def open_weights(file, device="cpu"):
         raise ValueError(f"{file} is damaged or truncated: {error}") from None
 
 
+STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
 def load_weights(cls, config, folder, device, dtype):
-    """Build the model without memory, then give it the tensors of the files; names and shapes must match exactly."""
+    """Build the model without memory, then give it the tensors of the files; names and shapes must match exactly.
+
+    Files are memory-mapped and tensors go to `device` and `dtype` one by one: there is never a second copy of them."""
     try:
         with torch.device("meta"):
             model = cls(config)
@@ -583,9 +588,14 @@ def load_weights(cls, config, folder, device, dtype):
             for name in (n for n in expected if files[n] == file):
                 if name not in names:
                     raise ValueError(f"{file} does not hold {name}, though the index says so")
-                shape = tuple(tensors.get_slice(name).get_shape())
+                stored = tensors.get_slice(name)
+                shape = tuple(stored.get_shape())
                 if shape != expected[name]:
                     raise ValueError(f"{file}: {name} has shape {shape}, the configuration asks for {expected[name]}")
+                if stored.get_dtype() == STORED_DTYPES.get(dtype):  # on a CPU a view of the file, read when it is used
+                    state[name] = tensors.get_tensor(name)
+        for name in (n for n in expected if files[n] == file and n not in state):
+            with open_weights(file, device) as tensors:  # anew for each, so that pages read before are given back
                 state[name] = tensors.get_tensor(name).to(dtype)
     model.load_state_dict(state, assign=True)
     return model

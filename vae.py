@@ -121,7 +121,7 @@ class KVCache:
     A forward pass writes its own keys and values behind the history of each row; they are scratch, overwritten by the
     next pass, until `commit` makes them part of the history.  That is how the steps of an ODE solver reuse one cache.
 
-    static: attention reads all max_len positions, masked, so that every block has the same shapes: what a compiled graph
+    static: attention reads all max_len positions, masked, so that every block has the same shapes, as a compiled graph
     needs.  Otherwise it reads those in use.
     """
 

@@ -1,0 +1,341 @@
+"""How fast is this, and how close to what the machine allows?
+
+    python bench.py                                  # sizes of the default run, with blocks of 16
+    python bench.py --preset 2b --device cuda
+    python bench.py --compare bench.json             # beside a run before a change: ratios of the times
+
+The ceilings are measured first: the rate of large matrix products and the bandwidth of memory.  A training step is
+compared with the FLOPs of its products (budget.py) at that rate; generation with its floor, the larger of two times: to
+read all weights but those of the modulation once a step, and the cache; and to multiply.
+
+Beside each stands the slow way of doing the same thing, with the same numbers as a result: all sequences of a batch as
+one long one under a dense mask, plain attention, the modulation computed for every position, keys rotated anew in every
+step, guidance in two passes.
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
+
+import common
+import train_prior
+import train_vae
+from budget import decoder_flops, dit_flops, prior_step_flops, vae_step_flops
+from cola import ColaDLM, block_generators
+from common import option
+from dit import DiT, DiTConfig, modulate, pairs
+from flow import flow_matching_loss, guide
+from vae import TextVAE, VAEConfig, block_mask, rotate, vae_loss
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(function, device, repeats):
+    """Median time of a call, after one that warms up."""
+    times = []
+    for i in range(repeats + 1):
+        synchronize(device)
+        start = time.perf_counter()
+        function()
+        synchronize(device)
+        if i > 0:
+            times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2]
+
+
+def peak_memory(function, device):
+    """Bytes that a call holds at most, beyond what was there before."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        function()
+    held = peak = 0
+    for event in sorted(prof.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def ceilings(device, dtype, repeats):
+    """FLOP/s of a large product in dtype, and bytes/s of reading and writing memory."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    x = torch.zeros(1 << (30 if device.type == "cuda" else 26), device=device)  # 4 GB or 256 MB
+    y = torch.empty_like(x)
+    rate = 2 * n**3 / seconds(lambda: a @ b, device, repeats)
+    return rate, 2 * 4 * len(x) / seconds(lambda: y.copy_(x), device, repeats)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The slow way
+
+
+def slow_velocity(dit, z, t, pos, mask, cache=None, kept=None):
+    """The velocity of latents z (S, d), all rows of a batch in a line, with times t (S,), positions pos (S,) and a dense
+    mask (S, K) over those in `cache` and themselves.  kept: a list that gets the keys, not rotated, and values."""
+    e = dit.emb_in(t)  # (S, C)
+    x = dit.txt_in.proj(z)
+    for i, block in enumerate(dit.blocks):
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = block.modulation(e).chunk(6, dim=-1)
+        h = modulate(block.norm(x), shift_msa, scale_msa)
+        q, k, v = block.msa.proj_qkv(h).unflatten(-1, (3, -1, block.msa.head_dim)).permute(1, 2, 0, 3)  # 3 x (H, S, D)
+        q, k, k_pos = block.msa.norm_q(q).to(v.dtype), block.msa.norm_k(k).to(v.dtype), pos
+        if kept is not None:
+            kept.append((k, v, pos))
+        if cache:
+            k, v = (torch.cat(pair, dim=1) for pair in zip(cache[i][:2], (k, v), strict=True))
+            k_pos = torch.cat([cache[i][2], pos])
+        q, k = (rotate(y[None], dit.rope(p[None]), pairs)[0].to(v.dtype) for y, p in ((q, pos), (k, k_pos)))
+        scores = (q @ k.transpose(-1, -2) * block.msa.head_dim**-0.5).masked_fill(~mask, float("-inf"))  # (H, S, K)
+        x = x + gate_msa * block.msa.proj_out((scores.softmax(-1) @ v).transpose(0, 1).flatten(1))
+        x = x + gate_mlp * block.mlp(modulate(block.norm(x), shift_mlp, scale_mlp))
+    shift, scale = dit.txt_out_ada.out_in(e).chunk(2, dim=-1)
+    return dit.txt_out.proj(modulate(dit.txt_out_norm(x), shift, scale)).float()
+
+
+def slow_loss(dit, z0, z1, t):
+    """`flow_matching_loss`."""
+    B, n, d = z0.shape
+    n_clean, device = (n - 1) // dit.config.block_size * dit.config.block_size, z0.device
+    row = torch.arange(B, device=device).repeat_interleave(n_clean + n)
+    pos = torch.cat([torch.arange(n_clean), torch.arange(n)]).to(device).repeat(B)
+    noisy = (torch.arange(n_clean + n, device=device) >= n_clean).repeat(B)
+    block = pos // dit.config.block_size
+    mask = block_mask(block, block, noisy, noisy) & (row[:, None] == row)
+    z = torch.cat([z0[:, :n_clean], torch.lerp(z0, z1, t[:, None, None])], dim=1).flatten(0, 1)
+    v = slow_velocity(dit, z, torch.where(noisy, t[row], 0.0), pos, mask)
+    return (v.view(B, n_clean + n, d)[:, n_clean:] - (z1 - z0)).square().mean()
+
+
+def slow_generation(model, B, n_tokens, steps, cfg_scale):
+    """The latents of `ColaDLM.blocks` without prompts, (B, n, d)."""
+    c, device = model.dit.config, model.device
+    block_size, out, cache, history = c.block_size, [], [], 0
+    row = torch.arange(B, device=device).repeat_interleave(block_size)
+    itself, times = row[:, None] == row, torch.linspace(1, 0, steps + 1, device=device)
+    decoder = model.vae.new_cache(B, n_tokens)
+    for b in range(n_tokens // block_size):
+        z = torch.stack([torch.randn(block_size, c.latent_dim, generator=g) for g in block_generators(0, range(B), b)])
+        z = z.to(device).flatten(0, 1)
+        pos = (history + torch.arange(block_size, device=device)).repeat(B)
+        earlier = row.repeat(history // block_size)  # the row of every key in the cache
+        mask = torch.cat([row[:, None] == earlier, itself], dim=1)
+        for i in range(steps):
+            t = times[i].expand(len(z))
+            v = slow_velocity(model.dit, z, t, pos, mask, cache)
+            if history and cfg_scale != 1:
+                v = guide(v, slow_velocity(model.dit, z, t, pos, itself), cfg_scale)
+            z = z - v / steps
+        out.append(z.view(B, block_size, -1))
+        model.vae.decode(out[-1], decoder).argmax(-1)
+        decoder.commit(block_size)
+        kept = []
+        slow_velocity(model.dit, z, torch.zeros_like(pos, dtype=torch.float), pos, mask, cache, kept)
+        joined = zip(cache, kept, strict=True) if cache else [((k[:, :0], v[:, :0], p[:0]), (k, v, p)) for k, v, p in kept]
+        cache = [tuple(torch.cat(pair, dim=-1 if pair[0].dim() == 1 else 1) for pair in zip(*both, strict=True)) for both in joined]
+        history += block_size
+    return torch.cat(out, dim=1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is measured
+
+
+@dataclass
+class Options:
+    preset: str = option("small", "sizes: of the default run, or 2b", choices=("small", "2b"))
+    device: str = option("auto", "auto, cpu, cuda, mps")
+    precision: str = option("auto", "of matrix products in training", choices=("auto", "fp32", "bf16"))
+    block_size: int = option(16, "latents per block", low=1)
+    seq_len: int = option(128, "training: tokens of a sequence", low=2)
+    batch_size: int = option(8, "training: sequences of a step", low=1)
+    new_tokens: int = option(128, "generation: tokens of each row", low=1)
+    rows: tuple = option(("1", "8", "64"), "generation: rows of a batch")
+    steps: int = option(16, "generation: steps of the solver", low=1)
+    cfg_scale: float = option(3.0, "generation: guidance", low=0.0)
+    compile: bool = option(False, "generation with a compiled step; on CUDA as a CUDA graph")
+    slow: bool = option(True, "measure the slow way, too")
+    growth: bool = option(True, "measure how times grow with length, batch, steps and guidance")
+    repeats: int = option(5, "measurements behind each median", low=1)
+    out: str = option("bench.json", "file of the figures")
+    compare: str = option("", "file of an earlier run, for ratios")
+    seed: int = option(0, "seed of weights and noise", low=0)
+
+
+class Table:
+    """Figures by name, printed as they come."""
+
+    def __init__(self, earlier):
+        self.figures, self.earlier = {}, earlier
+
+    def add(self, name, **values):
+        self.figures[name] = values
+        shown = "  ".join(f"{key} {value:,.4g}" for key, value in values.items())
+        before = self.earlier.get(name, {}).get("ms")
+        print(f"{name:44} {shown}" + (f"  x {values['ms'] / before:.2f} of before" if before else ""), flush=True)
+
+
+def build(o, device):
+    """A ColaDLM of the preset's sizes with random weights, none of them zero."""
+    models = []
+    for script, config_class, model_class in ((train_vae, VAEConfig, TextVAE), (train_prior, DiTConfig, DiT)):
+        options = script.Options(**script.PRESETS.get(o.preset, {}))
+        sizes = {k: v for k, v in asdict(options).items() if k in config_class.__dataclass_fields__}
+        sizes |= dict(block_size=o.block_size, latent_dim=train_vae.Options(**train_vae.PRESETS.get(o.preset, {})).latent_dim)
+        if config_class is VAEConfig and o.preset == "2b":
+            sizes |= dict(vocab_size=VAEConfig.vocab_size)
+        with device:
+            models.append(model_class(config_class(**sizes)))
+    for p in models[1].parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.02)
+    return ColaDLM(*models)
+
+
+def training(o, model, device, table, rate):
+    vae, dit = model.vae, model.dit
+    amp = common.autocast(device, o.precision)
+    optimizers = [common.make_optimizer([(part, 1.0)], "adamw", 0.01) for part in (vae, dit)]
+
+    def stage1(L, B):
+        idx = torch.randint(0, vae.config.vocab_size, (B, L), device=device)
+
+        def step():
+            with amp:
+                loss, _ = vae_loss(vae, idx, 1e-4, 0.5, 0.2, 0.5)
+            loss.backward()
+            common.optimizer_step(optimizers[0], 1e-4, 1.0)
+
+        return step, B * vae_step_flops(vae.config, L // vae.config.patch_size)
+
+    def stage2(L, B, loss_function=flow_matching_loss):
+        generator = torch.Generator(device).manual_seed(o.seed)
+        idx = torch.randint(0, vae.config.vocab_size, (B, L), device=device, generator=generator)
+        t = torch.rand(B, device=device, generator=generator)
+
+        def step():
+            with amp:
+                with torch.no_grad():
+                    z0 = vae.encode(idx).mu
+                loss = loss_function(dit, z0, torch.ones_like(z0), t)
+            loss.backward()
+            common.optimizer_step(optimizers[1], 0.0, 1.0)  # the weights stay, so both ways see the same ones
+            return loss.item()
+
+        return step, B * prior_step_flops(dit.config, vae.config, L // vae.config.patch_size)
+
+    def measure(name, made, n_tokens, memory=True):
+        step, flops = made
+        median = seconds(step, device, o.repeats)
+        values = dict(ms=1e3 * median, tokens_per_s=n_tokens / median, TFLOPs_per_s=flops / median / 1e12)
+        values["MFU"] = flops / median / rate
+        table.add(name, **values, **(dict(MB=peak_memory(step, device) / 1e6) if memory else {}))
+        return median
+
+    L, B = o.seq_len, o.batch_size
+    measure(f"stage 1 step, {B} x {L}", stage1(L, B), B * L)
+    fast = measure(f"stage 2 step, {B} x {L}", stage2(L, B), B * L)
+    if o.slow:
+        step, _ = stage2(L, B, slow_loss)
+        slow = measure(f"stage 2 step, {B} x {L}, slow way", stage2(L, B, slow_loss), B * L)
+        a, b = stage2(L, B)[0](), step()
+        table.add("stage 2 step: gain over the slow way", ratio=slow / fast, loss=a, slow_loss=b)
+    if o.growth:
+        for factor in (2, 4):
+            measure(f"stage 2 step, {factor * B} x {L}", stage2(L, factor * B), factor * B * L)
+            measure(f"stage 2 step, {B} x {factor * L}", stage2(factor * L, B), factor * B * L)
+        if o.slow:
+            measure(f"stage 2 step, {2 * B} x {L}, slow way", stage2(L, 2 * B, slow_loss), 2 * B * L)
+
+
+@torch.no_grad()
+def generation(o, model, device, table, rate, bandwidth):
+    c = model.dit.config
+
+    def run(rows, steps=o.steps, cfg_scale=o.cfg_scale, n=o.new_tokens):
+        options = dict(steps=steps, cfg_scale=cfg_scale, seed=o.seed)
+        return torch.cat([block.z for block in model.blocks([[]] * rows, n, **options)], dim=1)
+
+    def floor(rows, steps=o.steps, cfg_scale=o.cfg_scale, n=o.new_tokens):
+        """Seconds that no implementation can go below: of every pass, to read or to multiply."""
+        size = torch.finfo(next(model.dit.parameters()).dtype).bits // 8
+        modulation = ("ada", "emb_in", "txt_out_ada")
+        weights = sum(p.numel() for name, p in model.dit.named_parameters() if not any(m in name for m in modulation))
+        total = 0.0
+        for history in range(0, n, c.block_size):
+            keys = history + c.block_size
+            cached = 2 * rows * history * c.n_layer * c.n_head * c.head_dim
+            branches = 2 if history and cfg_scale != 1 else 1
+            flops = rows * c.block_size * dit_flops(c, keys)
+            passes = steps * max(size * (weights + cached) / bandwidth, branches * flops / rate)
+            decode = rows * c.block_size * decoder_flops(model.vae.config, keys) / rate
+            total += passes + decode + max(size * (weights + cached) / bandwidth, flops / rate)
+        return total
+
+    def measure(name, rows, **options):
+        median = seconds(lambda: run(rows, **options), device, o.repeats)
+        n = options.get("n", o.new_tokens)
+        values = dict(ms=1e3 * median, tokens_per_s=rows * n / median, share_of_floor=floor(rows, **options) / median)
+        table.add(name, **values)
+        return median
+
+    for rows in map(int, o.rows):
+        fast = measure(f"generation, {rows} rows", rows)
+        first = seconds(lambda: run(rows, n=c.block_size), device, o.repeats)  # noqa: B023
+        table.add(f"generation, {rows} rows, first block", ms=1e3 * first)
+        if o.slow and rows <= 8:
+            arguments = (model, rows, o.new_tokens, o.steps, o.cfg_scale)
+            slow = seconds(lambda: slow_generation(*arguments), device, max(o.repeats // 3, 1))  # noqa: B023
+            table.add(f"generation, {rows} rows, slow way", ms=1e3 * slow)
+            difference = (run(rows) - slow_generation(*arguments)).abs().max().item()
+            table.add(f"generation, {rows} rows: gain over the slow way", ratio=slow / fast, difference=difference)
+    if o.growth:
+        rows = int(o.rows[0])
+        measure(f"generation, {rows} rows, twice the steps", rows, steps=2 * o.steps)
+        measure(f"generation, {rows} rows, no guidance", rows, cfg_scale=1.0)
+        measure(f"generation, {rows} rows, twice the tokens", rows, n=2 * o.new_tokens)
+
+
+def main():
+    o, _ = common.parse_options(Options, __doc__)
+    device = common.pick_device(o.device)
+    earlier = json.loads(Path(o.compare).read_text())["figures"] if o.compare else {}
+    torch.manual_seed(o.seed)
+    table = Table(earlier)
+    bf16 = common.autocast(device, o.precision)._enabled
+    model = build(o, device)
+    rate, bandwidth = ceilings(device, torch.bfloat16 if bf16 else torch.float32, o.repeats)
+    table.add("ceiling: products in training", TFLOPs_per_s=rate / 1e12, GB_per_s=bandwidth / 1e9)
+    training(o, model, device, table, rate)
+
+    dtype = torch.bfloat16 if device.type == "cuda" and bf16 else torch.float32
+    model = model.to(dtype).eval()
+    if dtype == torch.float32:
+        rate, bandwidth = ceilings(device, dtype, o.repeats)
+        table.add("ceiling: products in generation", TFLOPs_per_s=rate / 1e12, GB_per_s=bandwidth / 1e9)
+    if o.compile:
+        model.compile_sampler(**(dict(mode="reduce-overhead") if device.type == "cuda" else {}))
+    generation(o, model, device, table, rate, bandwidth)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
+    with common.replacing(o.out) as temporary:
+        temporary.write_text(json.dumps(dict(device=name, options=asdict(o), figures=table.figures), indent=2) + "\n")
+    print(f"on {name}; all figures are in {o.out}")
+
+
+if __name__ == "__main__":
+    common.run_script(main)

@@ -1,0 +1,113 @@
+"""What a configuration costs: parameters, FLOPs and memory, counted from the sizes alone.
+
+    python train_prior.py --preset 2b --dry-run --devices 64 --fsdp
+
+One multiplication with addition is 2 FLOPs.  A training step costs three forward passes: one forward, two backward.
+Element-wise work, norms and softmax are not counted.
+"""
+
+import torch
+
+from dit import TIME_CHANNELS, DiT, DiTConfig
+from vae import TextVAE, VAEConfig
+
+PEAK = 989e12  # bf16 FLOP/s of an H100, for orientation
+STATE_BYTES = 20  # of one trained parameter in fp32: weight, gradient, two moments of AdamW, moving average
+
+
+def parameters(config):
+    """How many a DiT or TextVAE of this configuration has."""
+    with torch.device("meta"):
+        model = DiT(config) if isinstance(config, DiTConfig) else TextVAE(config)
+    return sum(p.numel() for p in model.parameters())
+
+
+def dit_flops(c, keys):
+    """Forward, of one latent that sees `keys` keys; without the modulation, which is `modulation_flops`.
+
+    2 (4 C H D + 2 r C^2) for the products of a block and 4 H D keys for its attention, r the MLP's ratio."""
+    inner = c.n_head * c.head_dim
+    block = 2 * (4 * c.dim * inner + 2 * c.mlp_ratio * c.dim**2) + 4 * inner * keys
+    return c.n_layer * block + 4 * c.dim * c.latent_dim
+
+
+def modulation_flops(c):
+    """Of one distinct time: the time embedding and six vectors for every block, two for the output."""
+    return 2 * (TIME_CHANNELS * c.dim + 2 * c.dim**2 + (6 * c.n_layer + 2) * c.dim**2)
+
+
+def vae_block_flops(c, keys):
+    return 2 * (4 * c.dim**2 + 1.5 * c.dim * c.ffn_dim) + 4 * c.dim * keys
+
+
+def encoder_flops(c, keys):
+    """Forward, of one latent: patch embedding, blocks, mu and logvar."""
+    return 2 * c.patch_size * c.dim**2 + c.n_encoder_layer * vae_block_flops(c, keys) + 4 * c.dim * c.latent_dim
+
+
+def decoder_flops(c, keys):
+    """Forward, of one latent: blocks, and the logits of its tokens."""
+    head = 2 * c.patch_size * (c.dim**2 + c.dim * c.vocab_size)
+    return 2 * c.latent_dim * c.dim + c.n_decoder_layer * vae_block_flops(c, keys) + head
+
+
+def vae_step_flops(c, n, masked_view=True):
+    """Training, of one sequence of n latents: encode and decode, and the same for the masked view, whose logits are
+    counted in full."""
+    keys = (n + c.block_size) / 2  # block-causal, on average
+    return 3 * n * (1 + masked_view) * (encoder_flops(c, keys) + decoder_flops(c, keys))
+
+
+def prior_step_flops(c, vae, n, joint=False):
+    """Training, of one sequence of n latents: [clean | noisy] through the DiT, and the VAE, frozen or trained along."""
+    n_clean = (n - 1) // c.block_size * c.block_size
+    keys = (n + c.block_size) / 2
+    prior = 3 * ((n_clean + n) * dit_flops(c, keys) + 2 * modulation_flops(c))
+    encode = n * encoder_flops(vae, keys)
+    return prior + (vae_step_flops(vae, n) + encode if joint else encode)  # joint: and the reference encoder
+
+
+def activation_bytes(dim, n_layer, positions, checkpointing):
+    """Of a transformer in bf16, roughly: a block keeps some 34 numbers per position and channel for its gradient; with
+    checkpointing only its input, and one block at a time is whole."""
+    block = 2 * 34 * dim * positions
+    return n_layer * 2 * dim * positions + block if checkpointing else n_layer * block
+
+
+def report(o, vae, dit=None):
+    """Print what a run with these options would need; allocates nothing.
+
+    o: options of train_vae.py or train_prior.py; vae, dit: configurations; dit None: stage 1."""
+    n = o.seq_len // vae.patch_size
+    rows = o.batch_size // o.passes // o.devices  # sequences of one pass on one device
+    n_vae = parameters(vae)
+    trained, frozen = (n_vae, 0) if dit is None else (parameters(dit), n_vae)
+    if dit is None:
+        flops = vae_step_flops(vae, n, o.mask_weight > 0)
+        activations = 2 * activation_bytes(vae.dim, vae.n_encoder_layer + vae.n_decoder_layer, rows * n, o.checkpointing)
+    else:
+        flops = prior_step_flops(dit, vae, n, o.joint)
+        activations = activation_bytes(dit.dim, dit.n_layer, 2 * rows * n, o.checkpointing)
+        if o.joint:  # the reference is one more frozen copy
+            trained, frozen = trained + n_vae, n_vae
+            layers = 2 * (vae.n_encoder_layer + vae.n_decoder_layer)
+            activations += activation_bytes(vae.dim, layers, rows * n, o.checkpointing)
+    per_token = flops / o.seq_len
+    states = STATE_BYTES * trained / (o.devices if o.fsdp else 1) + 4 * frozen
+    tokens = o.budget * 1e18 / per_token
+    lines = {
+        "parameters trained": f"{trained:,}",
+        "parameters frozen": f"{frozen:,}",
+        "FLOPs per token": f"{per_token:,.0f}",
+        "tokens per step": f"{o.batch_size * o.seq_len:,}, {rows * o.seq_len:,} in a pass of one of {o.devices} devices",
+        "the whole run": f"{o.steps:,} steps, {o.steps * o.batch_size * o.seq_len:,} tokens, "
+        f"{o.steps * o.batch_size * flops / 1e18:,.1f} EFLOPs",
+        f"{o.budget:g} EFLOPs": f"{tokens:,.0f} tokens, {tokens / (o.batch_size * o.seq_len):,.0f} steps, "
+        f"{o.budget * 1e18 / PEAK / 0.5 / 3600:,.0f} hours of an H100 at half its peak",
+        "weights and optimizer": f"{states / 1e9:,.1f} GB on each device" + (", sharded" if o.fsdp else ""),
+        "activations": f"about {activations / 1e9:,.1f} GB on each device",
+    }
+    for name, value in lines.items():
+        print(f"{name:22} {value}")
+
+
