@@ -1,4 +1,4 @@
-"""What the scripts share: command line, device and precision, optimizer and schedule, run folders.
+"""What the scripts share: command line, device and precision, processes, optimizer and schedule, run folders.
 
 Nothing in here knows about the model."""
 
@@ -10,10 +10,14 @@ import os
 import pickle
 import re
 import sys
+import time
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.nn as nn
 from tqdm import tqdm
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -30,7 +34,8 @@ def option(default, help, low=None, high=None, choices=None):
 class TrainingOptions:
     """What both training scripts let a user choose, with the same defaults."""
 
-    passes: int = option(1, "passes per step, each with its share of the batch: less memory", low=1)
+    passes: int = option(1, "passes per step of a process, each with its share of the batch: less memory", low=1)
+    fsdp: bool = option(False, "under torchrun, shard weights and optimizer over the processes: less memory")
     optimizer: str = option("muon", "muon (hidden matrices; AdamW for the rest) or adamw", choices=("muon", "adamw"))
     weight_decay: float = option(0.01, "weight decay of matrices", low=0.0)
     clip: float = option(1.0, "largest norm of the gradient; 0: any", low=0.0)
@@ -67,7 +72,7 @@ def flag(name):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"error: {message} (--help lists the options)\n")
+        fail(f"{message} (--help lists the options)")
 
 
 def parse_options(cls, description, presets=None, argv=None):
@@ -111,8 +116,11 @@ def run_script(main):
     """Call main(); a user's mistake (ValueError, OSError) becomes one line on stderr and exit code 2."""
     try:
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        if rank() == 0:
+            print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -121,11 +129,19 @@ def run_script(main):
         fail(error)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("out of memory|allocate|overflow", str(error)):
+            let_the_first_speak()
             raise
         fail(f"not enough memory for this model, batch or length: {error}")
 
 
+def let_the_first_speak():
+    """Most mistakes are made by all processes, or end the others: torchrun stops this one as soon as the first ends."""
+    if rank() > 0:
+        time.sleep(10)
+
+
 def fail(message):
+    let_the_first_speak()
     print("error:", " ".join(str(message).split())[:500], file=sys.stderr)
     sys.exit(2)
 
@@ -160,8 +176,152 @@ def multiplies_bf16(device):
 
 def autocast(device, precision="auto"):
     """Mixed precision: matrix products in bfloat16, weights in fp32.  "auto": where the hardware can."""
-    bf16 = precision == "bf16" or (precision == "auto" and multiplies_bf16(device))
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(device, precision))
+
+
+def uses_bf16(device, precision):
+    return precision == "bf16" or (precision == "auto" and multiplies_bf16(device))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Processes: torchrun starts one for each device and numbers them; without it there is one, number 0
+#
+# The first process alone writes and prints.  Where something is said to be collective, all must take part.
+
+
+def under_torchrun():
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def rank():
+    """The number of this process."""
+    return int(os.environ["RANK"]) if under_torchrun() else 0
+
+
+def n_processes():
+    return int(os.environ["WORLD_SIZE"]) if under_torchrun() else 1
+
+
+def join_processes(device):
+    """Wait until all processes are here, and return the device of this one.  Raises ValueError if it has none."""
+    if not under_torchrun():
+        return device
+    if device.type == "cuda":
+        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(device)
+    elif device.type != "cpu":
+        raise ValueError(f"torchrun works with cuda and cpu only: --device {device.type} takes one process")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=2))  # tokenizing or a save may take long
+    dist.barrier()
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    return device
+
+
+@contextmanager
+def first_process_first():
+    """The other processes enter after the first has left."""
+    if rank() > 0:
+        dist.barrier()
+    yield
+    if under_torchrun() and rank() == 0:
+        dist.barrier()
+
+
+class Objective(nn.Module):
+    """A loss as the forward pass of a module, for it is there that DDP and FSDP act.
+
+    models: what is trained.  loss(models, idx, generator) -> (loss, terms)."""
+
+    def __init__(self, models, loss):
+        super().__init__()
+        self.models, self.loss = models, loss
+
+    def forward(self, idx, generator):
+        return self.loss(self.models, idx, generator)
+
+
+def shard(module, groups, device, bf16=False):
+    """FSDP: of every parameter, gradient and optimizer state, each process keeps one part.
+
+    groups: the modules, or lists of modules, whose weights are gathered together just before their forward pass; what
+    is left goes with `module`.  bf16: gather weights in bfloat16; autocast treats them like its own copies."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(device.type, (n_processes(),))
+    dtypes = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else {}
+    policy = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)  # positions need all their digits
+    for group in [*groups, module]:
+        fully_shard(group, mesh=mesh, mp_policy=policy)
+    return module
+
+
+def distribute(objective, groups, fsdp, device, bf16):
+    """The objective as this process trains it: sharded, as one of equal copies (DDP), or alone."""
+    if fsdp:
+        return shard(objective, groups, device, bf16)
+    return nn.parallel.DistributedDataParallel(objective) if under_torchrun() else objective
+
+
+def shard_like(value, param):
+    """This process's part of the optimizer's whole tensor `value` that belongs to a parameter, if that is sharded."""
+    if not hasattr(param, "full_tensor") or value.shape != param.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
+
+
+def gather(state):
+    """A state dict with whole tensors in place of sharded ones, on the CPU of the first process.  Collective."""
+    if isinstance(state, dict):
+        return {name: gather(value) for name, value in state.items()}
+    if not hasattr(state, "full_tensor"):
+        return state
+    whole = state.full_tensor()  # one at a time
+    return whole.cpu() if rank() == 0 else None
+
+
+def whole(model):
+    """The model itself or, if it is sharded, a copy on the CPU, with weights in the first process only.  Collective."""
+    if not any(hasattr(p, "full_tensor") for p in model.parameters()):
+        return model
+    with torch.device("meta"):
+        copy = type(model)(model.config)
+    state = gather(model.state_dict())
+    if rank() == 0:
+        copy.load_state_dict(state, assign=True)
+    return copy
+
+
+def parts_of_batch(idx, passes, seed, step):
+    """Yield the parts of the global batch idx (B, L) that are this process's, one for each of its passes, and a
+    generator for each.
+
+    A part is known by its number alone: 2 processes with 1 pass do what 1 process with 2 passes does."""
+    first, parts = rank() * passes, idx.chunk(n_processes() * passes)
+    for number in range(first, first + passes):
+        yield parts[number], step_generator(seed, step, idx.device, number)
+
+
+def mean_over_processes(row, device):
+    """{name: number} -> the same of means.  Collective."""
+    if not under_torchrun():
+        return row
+    values = torch.tensor(list(row.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(values)
+    return dict(zip(row, (values / n_processes()).tolist(), strict=True))
+
+
+def collect(items):
+    """All items, of which each process holds every n-th, from its number on.  Collective."""
+    shares = [items]
+    if under_torchrun():
+        shares = [None] * n_processes()
+        dist.all_gather_object(shares, items)
+    return [shares[i % len(shares)][i // len(shares)] for i in range(sum(map(len, shares)))]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -215,7 +375,13 @@ class Optimizers:
 
     def load_state_dict(self, state):
         for optimizer in self.optimizers:
-            optimizer.load_state_dict(state[type(optimizer).__name__])
+            own = state[type(optimizer).__name__]
+            params = [p for group in optimizer.param_groups for p in group["params"]]  # the state counts them
+            moments = {
+                i: {name: shard_like(value, params[i]) for name, value in of_param.items()}
+                for i, of_param in own["state"].items()
+            }
+            optimizer.load_state_dict(own | dict(state=moments))
 
 
 def learning_rate(step, steps, warmup, peak, final):
@@ -240,12 +406,14 @@ def optimizer_step(optimizer, lr, clip):
 def progress_bar(first_step, steps, tokens_per_step):
     """Tokens a second, time left, and what `Run.record` adds."""
     first, last = first_step * tokens_per_step, steps * tokens_per_step
-    return tqdm(initial=first, total=last, unit="tok", unit_scale=True)
+    return tqdm(initial=first, total=last, unit="tok", unit_scale=True, disable=rank() > 0)
 
 
-def step_generator(seed, step, device):
-    """Random numbers of one training step: they depend on seed and step alone, so a resumed run draws the same."""
-    return torch.Generator(device).manual_seed(seed * 1_000_003 + step)
+def step_generator(seed, step, device, part=0):
+    """Random numbers of one part of a training step: they depend on nothing else, so a resumed run draws the same.
+
+    On a CPU only 32 bits of a seed count; multiples of 2^32 over the golden ratio lie evenly among them."""
+    return torch.Generator(device).manual_seed(seed * 1_000_003 + step + part * 2_654_435_761)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -282,7 +450,7 @@ class Run:
 
     Nothing is written before the first `save`, so a run that cannot start leaves no trace."""
 
-    FREE = ("resume", "out", "device", "save_every")  # options that may change when a run is resumed
+    FREE = ("resume", "out", "device", "save_every", "fsdp")  # options that may change when a run is resumed
 
     def __init__(self, options, given):
         """With options.resume, the options come from the saved run; those given anew must agree, except FREE ones.
@@ -295,6 +463,8 @@ class Run:
             saved, self.log = self.content["options"], self.content["log"]
             if saved.keys() != dataclasses.asdict(options).keys():
                 raise ValueError(f"{self.folder} holds a run of another script, or of another version of this one")
+            parts = saved["passes"] * self.content.get("n_processes", 1)  # of a batch: as many as before, if possible
+            saved["passes"] = -(-parts // n_processes())
             for name in given - set(self.FREE):
                 if getattr(options, name) != saved[name]:
                     value = " ".join(saved[name]) if isinstance(saved[name], tuple) else saved[name]
@@ -304,17 +474,21 @@ class Run:
             self.options = dataclasses.replace(options, **kept)
         else:
             check_new(options.out, "add --resume, or choose another --out")
+        if self.options.fsdp and not under_torchrun():
+            raise ValueError("--fsdp shares a model out over processes: start it with torchrun, or add --no-fsdp")
 
     def record(self, bar, step, lr, passes):
-        """Add a row to the log and show it on the progress bar.  passes: of each, {name: scalar tensor}."""
+        """Add a row to the log and show it on the progress bar; collective.  passes: of each, {name: scalar tensor}."""
         row = {name: sum(terms[name].item() for terms in passes) / len(passes) for name in passes[0]}
+        row = mean_over_processes(row, passes[0]["loss"].device)
         self.log.append(dict(step=step, lr=lr) | row)
         bar.set_postfix({name: f"{value:.3f}" for name, value in row.items()} | dict(lr=f"{lr:.1e}"))
 
     def load(self):
         """What `save` wrote, on the CPU."""
         try:
-            content = torch.load(self.file, map_location="cpu", weights_only=True)
+            many = n_processes() > 1  # which then read the file from one place in memory
+            content = torch.load(self.file, map_location="cpu", weights_only=True, mmap=many)
             return content | dict(options=dict(content["options"]), log=list(content["log"]), step=int(content["step"]))
         except FileNotFoundError:
             raise FileNotFoundError(f"{self.file} does not exist: there is no run to resume") from None
@@ -331,9 +505,13 @@ class Run:
         return self.content["step"]
 
     def save(self, step, **objects):
-        """Write the states of `objects` (models, optimizer) and the log; complete or not at all."""
-        content = {name: item.state_dict() for name, item in objects.items()}
-        content |= dict(step=step, options=dataclasses.asdict(self.options), log=self.log)
+        """Write the states of `objects` (models, optimizer) and the log; complete or not at all.  Collective.
+
+        The file does not depend on how the run is distributed, so it resumes on any number of processes."""
+        content = gather({name: item.state_dict() for name, item in objects.items()})
+        if rank() > 0:
+            return
+        content |= dict(step=step, options=dataclasses.asdict(self.options), log=self.log, n_processes=n_processes())
         with replacing(self.file) as temporary:
             try:
                 torch.save(content, temporary)

@@ -28,7 +28,7 @@ import numpy as np
 import tiktoken
 import torch
 
-from common import check_new, option, parse_options, replacing, run_script
+from common import check_new, n_processes, option, parse_options, replacing, run_script
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Documents
@@ -462,12 +462,14 @@ def open_tokens(folder):
 
 
 def check_shape(batch_size, passes, seq_len, vae_config):
-    """Raises ValueError if blocks do not fill a sequence, or if a batch does not split evenly into passes."""
+    """Raises ValueError if blocks do not fill a sequence, or if a batch does not split evenly into passes (those of all
+    processes)."""
     chunk = vae_config.block_size * vae_config.patch_size
     if seq_len % chunk:
         raise ValueError(f"--seq-len {seq_len} must be a multiple of block_size * patch_size = {chunk}")
-    if batch_size % passes:
-        raise ValueError(f"--batch-size {batch_size} must be a multiple of --passes {passes}")
+    if batch_size % (passes * n_processes()):
+        times = f" times {n_processes()} processes" if n_processes() > 1 else ""
+        raise ValueError(f"--batch-size {batch_size} must be a multiple of --passes {passes}{times}")
 
 
 def check_length(n_train, n_val, batch_size, seq_len):

@@ -4,6 +4,7 @@
     python sample.py --prompt "latin small letter"    # continue a prompt
     python sample.py --num-samples 1                  # one sample is shown block by block, as it is generated
     python sample.py --model path/to/released --max-new-tokens 32 --repetition-penalty 1.1
+    torchrun --nproc_per_node=8 sample.py             # the same samples, shared out over 8 devices
 """
 
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+import common
 from cola import ColaDLM
 from common import SamplingOptions, multiplies_bf16, option, parse_options, pick_device, run_script
 from data import END_OF_TEXT
@@ -31,10 +33,10 @@ class Options(SamplingOptions):
 
 def main():
     o, _ = parse_options(Options, __doc__)
-    device = pick_device(o.device)
+    device = common.join_processes(pick_device(o.device))
     bf16 = o.dtype == "bf16" or (o.dtype == "auto" and device.type == "cuda" and multiplies_bf16(device))
     folder = o.model or ("runs/cola" if Path("runs/cola").exists() else PRETRAINED)
-    if not o.model:
+    if not o.model and common.rank() == 0:
         print(f"model: {folder}", file=sys.stderr)
     model = ColaDLM.from_pretrained(folder, device, torch.bfloat16 if bf16 else torch.float32, with_tokenizer=True)
     settings = o.settings() | dict(eos_id=model.tokenizer.eot_token if o.stop_at_eos else None)
@@ -46,7 +48,9 @@ def main():
             print(piece, end="", flush=True)
         print()
     else:
-        for i, (prompt, text) in enumerate(zip(prompts, model.generate(after, **settings), strict=True)):
+        rows = range(common.rank(), len(prompts), common.n_processes())  # of this process; each has noise of its own
+        texts = common.collect(model.generate([after[i] for i in rows], row_ids=rows, **settings))
+        for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
             print(f"--- sample {i + 1}\n{prompt}{text}")
 
 

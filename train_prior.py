@@ -4,6 +4,7 @@
     python train_prior.py --vae runs/mine --out runs/mine-cola
     python train_prior.py --joint                    # the paper's joint objective
     python train_prior.py --resume                   # go on where a run was interrupted
+    torchrun --nproc_per_node=8 train_prior.py       # on 8 devices; with --fsdp, the model is shared out over them
 """
 
 import copy
@@ -112,6 +113,12 @@ def joint_loss(vae, reference, dit, idx, o, generator):
     return loss, {name: value.detach() for name, value in terms.items()}
 
 
+def fsdp_groups(models):
+    """For FSDP: what modulates a block is computed before all blocks, so it is gathered apart from the rest of it."""
+    vae_blocks = [*models.vae.encoder.blocks, *models.vae.decoder.blocks] if "vae" in models else []
+    return [group for block in models.dit.blocks for group in ([*block.ada.values()], block)] + vae_blocks
+
+
 @torch.no_grad()
 def update_ema(ema, model, decay, step):
     """ema <- decay ema + (1 - decay) model, parameter by parameter, with a shorter memory during the first steps."""
@@ -123,7 +130,7 @@ def update_ema(ema, model, decay, step):
 def main():
     options, given = common.parse_options(Options, __doc__, PRESETS)
     run = common.Run(options, given)
-    o, device = run.options, common.pick_device(options.device)
+    o, device = run.options, common.join_processes(common.pick_device(options.device))
     amp = common.autocast(device, o.precision)
 
     # The VAE, and text in its tokens.
@@ -136,46 +143,60 @@ def main():
     text = o.data or (f"{o.vae}/data",)
     if not o.data and not data.is_prepared(text[0]):
         raise ValueError(f"{o.vae} has no text of its own: name some with --data")
-    corpus = data.open_corpus(text, run.folder / "data", lambda: tokenizer, o.batch_size, o.seq_len, o.resume)
+    with common.first_process_first():
+        opened = o.resume or common.rank() > 0
+        corpus = data.open_corpus(text, run.folder / "data", lambda: tokenizer, o.batch_size, o.seq_len, opened)
     data.check_same(corpus.tokenizer, tokenizer)
 
-    # What is trained, its optimizer and its moving average; new or as they were.
+    # What is trained, its moving average and its optimizer; new or as they were.
     torch.manual_seed(o.seed)
     dit = DiT(config).to(device)
-    reference = copy.deepcopy(vae).requires_grad_(False) if o.joint else None
-    vae.requires_grad_(o.joint)
-    trained = nn.ModuleDict(dict(dit=dit, vae=vae) if o.joint else dict(dit=dit))
+    trained = nn.ModuleDict(dict(dit=dit, vae=copy.deepcopy(vae)) if o.joint else dict(dit=dit))
+    vae.requires_grad_(False)  # the frozen VAE, or the reference
+    ema = copy.deepcopy(trained).requires_grad_(False)
+    states = dict(trained=trained, ema=ema) | (dict(reference=vae) if o.joint else {})
+    first_step = run.restore(**states) if o.resume else 0
+
+    def batch_loss(models, idx, generator):
+        if o.joint:
+            return joint_loss(models.vae, vae, models.dit, idx, o, generator)
+        return frozen_loss(vae, models.dit, idx, o, generator)
+
+    objective, bf16 = common.Objective(trained, batch_loss), common.uses_bf16(device, o.precision)
+    objective = common.distribute(objective, fsdp_groups(trained), o.fsdp, device, bf16)
+    if o.fsdp:
+        common.shard(common.Objective(ema, batch_loss), fsdp_groups(ema), device)
     lr_ratios = dict(dit=1.0, vae=o.vae_lr_ratio)
     parts = [(part, lr_ratios[name]) for name, part in trained.items()]
-    optimizer = common.make_optimizer(parts, o.optimizer, o.weight_decay)
-    ema = copy.deepcopy(trained).requires_grad_(False)
-    states = dict(trained=trained, ema=ema, optimizer=optimizer) | (dict(reference=reference) if o.joint else {})
-    first_step = run.restore(**states) if o.resume else 0
+    states["optimizer"] = optimizer = common.make_optimizer(parts, o.optimizer, o.weight_decay)
+    if o.resume:
+        run.restore(optimizer=optimizer)
     n_params = sum(p.numel() for p in dit.parameters())
     print(f"{len(corpus.train):,} training tokens; prior of {n_params:,} parameters on {device}")
 
     def save(step):
         run.save(step, **states)
-        save_dit(ema.dit, run.folder)
-        if o.joint:
-            save_vae(ema.vae, run.folder)
+        average = {name: common.whole(model) for name, model in ema.items()}
+        if common.rank() == 0:
+            save_dit(average["dit"], run.folder)
+            if o.joint:
+                save_vae(average["vae"], run.folder)
 
     if not o.resume:
-        save_vae(vae, run.folder)  # a frozen VAE and the tokenizer stay as they are
-        data.save_tokenizer(tokenizer, run.folder / "tokenizer.json")
+        if common.rank() == 0:
+            save_vae(vae, run.folder)  # a frozen VAE and the tokenizer stay as they are
+            data.save_tokenizer(tokenizer, run.folder / "tokenizer.json")
         save(0)  # from here on --resume finds all it needs
     tokens_per_step = o.batch_size * o.seq_len
     with common.progress_bar(first_step, o.steps, tokens_per_step) as bar:
         for step in range(first_step, o.steps):
             idx = data.random_batch(corpus.train, o.batch_size, o.seq_len, o.seed, step).to(device)  # (B, L)
             lr = common.learning_rate(step, o.steps, o.warmup, o.lr, o.final_lr)
-            generator, passes = common.step_generator(o.seed, step, device), []
-            for part in idx.chunk(o.passes):
+            passes = []
+            for part, generator in common.parts_of_batch(idx, o.passes, o.seed, step):
+                objective.require_backward_grad_sync = len(passes) == o.passes - 1  # DDP averages gradients but once
                 with amp:
-                    if o.joint:
-                        loss, terms = joint_loss(vae, reference, dit, part, o, generator)
-                    else:
-                        loss, terms = frozen_loss(vae, dit, part, o, generator)
+                    loss, terms = objective(part, generator)
                 (loss / o.passes).backward()
                 passes.append(dict(loss=loss.detach(), **terms))
             common.optimizer_step(optimizer, lr, o.clip)
@@ -187,13 +208,15 @@ def main():
             if (step + 1) % o.save_every == 0 or step + 1 == o.steps:
                 save(step + 1)
 
-    if o.joint:
-        vae = ema.vae
+    average = {name: common.whole(model) for name, model in ema.items()}
+    if common.rank() > 0:
+        return
+    dit, vae = average["dit"].to(device), average.get("vae", vae).to(device)
     held_out = data.even_batch(corpus.val, EVAL_SEQUENCES, o.seq_len).to(device)
     generator = common.step_generator(o.seed, 0, device)
     with torch.no_grad(), amp:
-        parts = held_out.split(o.batch_size // o.passes)
-        loss = sum(frozen_loss(vae, ema.dit, part, o, generator)[0] * len(part) for part in parts) / len(held_out)
+        parts = held_out.split(o.batch_size // (o.passes * common.n_processes()))
+        loss = sum(frozen_loss(vae, dit, part, o, generator)[0] * len(part) for part in parts) / len(held_out)
     print(f"flow-matching loss on {held_out.numel():,} held-out tokens: {loss.item():.4f}")
     print(f"the model is in {run.folder}; next: python sample.py --model {run.folder}")
 

@@ -3,6 +3,7 @@
     python train_vae.py                              # names of Unicode characters, half a minute on a CPU
     python train_vae.py --data my_texts/ --out runs/mine
     python train_vae.py --resume                     # go on where a run was interrupted
+    torchrun --nproc_per_node=8 train_vae.py         # on 8 devices; with --fsdp, the model is shared out over them
 """
 
 from dataclasses import asdict, dataclass
@@ -61,7 +62,7 @@ EVAL_SEQUENCES = 128  # held-out sequences behind the figure at the end
 def main():
     options, given = common.parse_options(Options, __doc__, PRESETS)
     run = common.Run(options, given)
-    o, device = run.options, common.pick_device(options.device)
+    o, device = run.options, common.join_processes(common.pick_device(options.device))
     amp = common.autocast(device, o.precision)
 
     # Text, tokens, tokenizer.
@@ -72,7 +73,9 @@ def main():
     def tokenizer():
         return data.make_tokenizer(o.tokenizer, o.vocab_size, o.data)
 
-    corpus = data.open_corpus(o.data, run.folder / "data", tokenizer, o.batch_size, o.seq_len, o.resume)
+    with common.first_process_first():
+        opened = o.resume or common.rank() > 0
+        corpus = data.open_corpus(o.data, run.folder / "data", tokenizer, o.batch_size, o.seq_len, opened)
     config.vocab_size = corpus.tokenizer.n_vocab
     if o.resume:
         data.check_same(corpus.tokenizer, find_tokenizer(run.folder, config.vocab_size, required=True))
@@ -80,28 +83,41 @@ def main():
     # Model and optimizer, new or as they were.
     torch.manual_seed(o.seed)
     vae = TextVAE(config).to(device)
+    first_step = run.restore(vae=vae) if o.resume else 0
+
+    def batch_loss(vae, idx, generator):
+        return vae_loss(vae, idx, o.beta, o.mask_weight, o.mask_ratio, o.decoder_noise, generator)
+
+    groups = [*vae.encoder.blocks, *vae.decoder.blocks]
+    bf16 = common.uses_bf16(device, o.precision)
+    objective = common.distribute(common.Objective(vae, batch_loss), groups, o.fsdp, device, bf16)
     optimizer = common.make_optimizer([(vae, 1.0)], o.optimizer, o.weight_decay)
-    first_step = run.restore(vae=vae, optimizer=optimizer) if o.resume else 0
+    if o.resume:
+        run.restore(optimizer=optimizer)
     n_params = sum(p.numel() for p in vae.parameters())
     print(f"{len(corpus.train):,} training tokens of {vae.config.vocab_size:,} ids")
     print(f"VAE of {n_params:,} parameters on {device}")
 
     def save(step):
         run.save(step, vae=vae, optimizer=optimizer)
-        save_vae(vae, run.folder)
+        whole = common.whole(vae)
+        if common.rank() == 0:
+            save_vae(whole, run.folder)
 
     if not o.resume:
-        data.save_tokenizer(corpus.tokenizer, run.folder / "tokenizer.json")
+        if common.rank() == 0:
+            data.save_tokenizer(corpus.tokenizer, run.folder / "tokenizer.json")
         save(0)  # from here on --resume finds all it needs
     tokens_per_step = o.batch_size * o.seq_len
     with common.progress_bar(first_step, o.steps, tokens_per_step) as bar:
         for step in range(first_step, o.steps):
             idx = data.random_batch(corpus.train, o.batch_size, o.seq_len, o.seed, step).to(device)  # (B, L)
             lr = common.learning_rate(step, o.steps, o.warmup, o.lr, o.final_lr)
-            generator, passes = common.step_generator(o.seed, step, device), []
-            for part in idx.chunk(o.passes):
+            passes = []
+            for part, generator in common.parts_of_batch(idx, o.passes, o.seed, step):
+                objective.require_backward_grad_sync = len(passes) == o.passes - 1  # DDP averages gradients but once
                 with amp:
-                    loss, terms = vae_loss(vae, part, o.beta, o.mask_weight, o.mask_ratio, o.decoder_noise, generator)
+                    loss, terms = objective(part, generator)
                 (loss / o.passes).backward()
                 passes.append(dict(loss=loss.detach(), **terms))
             common.optimizer_step(optimizer, lr, o.clip)
@@ -112,8 +128,12 @@ def main():
             if (step + 1) % o.save_every == 0 or step + 1 == o.steps:
                 save(step + 1)
 
+    vae = common.whole(vae)
+    if common.rank() > 0:
+        return
+    vae = vae.to(device)
     held_out = data.even_batch(corpus.val, EVAL_SEQUENCES, o.seq_len).to(device)
-    parts = held_out.split(o.batch_size // o.passes)
+    parts = held_out.split(o.batch_size // (o.passes * common.n_processes()))
     accuracy = sum(token_accuracy(vae, part) * len(part) for part in parts) / len(held_out)
     print(f"reconstruction: {100 * accuracy:.2f} % of {held_out.numel():,} held-out tokens")
     text = "" if data.is_prepared(run.folder / "data") else f" --data {o.data[0]}"

@@ -1,0 +1,205 @@
+"""Several processes do what one does: the same losses, one checkpoint, one message."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed.fsdp  # here, so that no forked process has to
+from conftest import COMMON, PRIOR_SIZE, ROOT, VAE_SIZE, call
+from safetensors.torch import load_file
+
+import common
+import data
+import sample
+import train_prior
+import train_vae
+from cola import ColaDLM
+from vae import VAEConfig
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems do not fork safely")
+STEPS = "--steps 6 --save-every 3"
+VAE = f"--vocab-size 300 {VAE_SIZE} {COMMON} {STEPS}"
+PRIOR = f"--joint {PRIOR_SIZE} {COMMON} {STEPS}"
+
+
+def processes(main, arguments, cwd, sabotage=None, n=2):
+    """Call main() as torchrun would, in n forked processes, which saves the seconds that starting them takes.
+
+    sabotage(rank) is called in each before.  Returns exit codes, and what each wrote to stdout and stderr."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(n):
+        if not (child := os.fork()):
+            code = 1
+            try:
+                os.environ |= dict(TORCHELASTIC_RUN_ID="test", WORLD_SIZE=str(n), RANK=str(rank), LOCAL_RANK=str(rank))
+                os.environ |= dict(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+                sys.stdout = sys.stderr = open(cwd / f"output{rank}", "w")  # noqa: SIM115
+                common.let_the_first_speak = lambda: None  # there is no torchrun that would end those who wait
+                if sabotage:
+                    sabotage(rank)
+                os.chdir(cwd)
+                sys.argv = ["script", *arguments.split()]
+                common.run_script(main)
+                code = 0
+            except SystemExit as stop:
+                code = stop.code
+            except BaseException as error:
+                print(repr(error), file=sys.stderr)
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return codes, [(cwd / f"output{rank}").read_text() for rank in range(n)]
+
+
+def same_run(a, b, tolerance=1e-5):
+    """Whether the losses of two runs are the same, and their weights up to rounding; a step is one of about 1e-3."""
+    one, two = ([json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (a, b))
+    assert len(one) == len(two) == 6
+    for row, other in zip(one, two, strict=True):
+        assert row == pytest.approx(other, rel=10 * tolerance, abs=10 * tolerance)
+    for file in sorted(run.relative_to(a) for run in a.glob("*/model.safetensors")):
+        one, two = load_file(a / file), load_file(b / file)
+        difference = torch.cat([(one[name] - two[name]).flatten() for name in one]).abs()
+        assert difference.mean() < tolerance
+    return True
+
+
+@pytest.fixture(scope="module")
+def alone(text, tmp_path_factory):
+    """A folder in which one process has trained both stages in 2 passes."""
+    cwd = tmp_path_factory.mktemp("alone")
+    with pytest.MonkeyPatch.context() as patch:
+        for optimizer in ("adamw", "muon"):
+            extra = f"--passes 2 --optimizer {optimizer} --out {optimizer}"
+            call(train_vae.main, f"--data {text} {VAE} {extra}-vae", patch, cwd)
+            call(train_prior.main, f"--vae adamw-vae {PRIOR} {extra}-prior", patch, cwd)
+    return cwd
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("fsdp", ["", "--fsdp"])
+def test_two_processes_are_two_passes(alone, text, tmp_path, optimizer, fsdp):
+    """Muon rounds to bfloat16, and sums over parts of a matrix in another order."""
+    extra = f"--optimizer {optimizer} {fsdp} --out"
+    for main, arguments, name in [
+        (train_vae.main, f"--data {text} {VAE} {extra} vae", "vae"),
+        (train_prior.main, f"--vae {alone}/adamw-vae {PRIOR} {extra} prior", "prior"),
+    ]:
+        codes, output = processes(main, arguments, tmp_path)
+        assert codes == [0, 0] and output[1] == "", output
+        assert same_run(tmp_path / name, alone / f"{optimizer}-{name}", 1e-4 if optimizer == "muon" and fsdp else 1e-5)
+
+
+def stopping(function, count, stop):
+    """The function, but its call number `count` + 1 goes to stop(*args)."""
+    calls = []
+
+    def wrapped(*args):
+        calls.append(None)
+        return stop(*args) if len(calls) > count else function(*args)
+
+    return wrapped
+
+
+def kill_while_stepping(rank):
+    if rank == 1:
+        stop = lambda *args: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
+        common.optimizer_step = stopping(common.optimizer_step, 4, stop)
+
+
+def kill_while_saving(rank):
+    def half(content, file):
+        file.write_bytes(b"PK")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if rank == 0:
+        torch.save = stopping(torch.save, 1, half)
+
+
+@pytest.mark.parametrize("fsdp", ["", "--fsdp"])
+@pytest.mark.parametrize("sabotage, step", [(kill_while_stepping, 3), (kill_while_saving, 0)])
+def test_what_two_began_and_one_left_a_single_one_finishes(alone, tmp_path, monkeypatch, sabotage, step, fsdp):
+    arguments = f"--vae {alone}/adamw-vae {PRIOR} --optimizer adamw {fsdp} --out out"
+    codes, _ = processes(train_prior.main, arguments, tmp_path, sabotage)
+    assert -signal.SIGKILL in codes and 0 not in codes
+    assert ColaDLM.from_pretrained(tmp_path / "out")
+    assert torch.load(tmp_path / "out" / "training.pt")["step"] == step
+    call(train_prior.main, "--resume --no-fsdp --out out", monkeypatch, tmp_path)
+    assert same_run(tmp_path / "out", alone / "adamw-prior")
+
+
+def test_what_one_began_two_finish(alone, tmp_path, monkeypatch):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    arguments = f"--vae {alone}/adamw-vae {PRIOR} --optimizer adamw --passes 2 --out out"
+    monkeypatch.setattr(common, "optimizer_step", stopping(common.optimizer_step, 4, stop))
+    with pytest.raises(KeyboardInterrupt):
+        call(train_prior.main, arguments, monkeypatch, tmp_path)
+    monkeypatch.undo()
+    codes, output = processes(train_prior.main, "--resume --fsdp --out out", tmp_path)
+    assert codes == [0, 0], output
+    assert same_run(tmp_path / "out", alone / "adamw-prior")
+
+
+def as_process(monkeypatch, rank, n):
+    for name, value in dict(TORCHELASTIC_RUN_ID="test", WORLD_SIZE=n, RANK=rank).items():
+        monkeypatch.setenv(name, str(value))
+
+
+def test_parts_of_a_batch(monkeypatch):
+    """Together they are the batch, in order; the random numbers of no two are alike."""
+    idx = torch.arange(24).view(12, 2)
+    wanted = [next(common.parts_of_batch(idx, 1, 0, step))[1].initial_seed() for step in (7, 8)]
+    found = []
+    for rank in range(3):
+        as_process(monkeypatch, rank, 3)
+        found += common.parts_of_batch(idx, 2, 0, 7)
+    parts, generators = zip(*found, strict=True)
+    assert torch.equal(torch.cat(parts), idx) and len(parts) == 6
+    assert generators[0].initial_seed() == wanted[0]  # what a single process draws
+    draws = [torch.rand(4, generator=generator).tolist() for generator in generators]
+    draws.append(torch.rand(4, generator=torch.Generator().manual_seed(wanted[1])).tolist())
+    assert len({tuple(draw) for draw in draws}) == 7
+
+
+def test_a_batch_splits_evenly(monkeypatch):
+    as_process(monkeypatch, 1, 2)
+    data.check_shape(8, 2, 8, VAEConfig(block_size=8))
+    with pytest.raises(ValueError, match="--batch-size 6 must be a multiple of --passes 2 times 2 processes"):
+        data.check_shape(6, 2, 8, VAEConfig(block_size=8))
+
+
+def test_samples_do_not_depend_on_the_number_of_processes(alone, tmp_path, monkeypatch, capsys):
+    arguments = f"--model {alone}/adamw-prior --prompt Line cat --num-samples 3 --max-new-tokens 8 --steps 2"
+    call(sample.main, arguments + " --device cpu", monkeypatch, tmp_path)
+    codes, output = processes(sample.main, arguments + " --device cpu", tmp_path)
+    assert codes == [0, 0] and output == [capsys.readouterr().out, ""]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--passes 3", "--batch-size 4 must be a multiple of --passes 3 times 2 processes"),
+        ("--data nowhere.txt", "nowhere.txt does not exist"),  # only the first process looks, the others wait for it
+    ],
+)
+def test_mistakes_are_reported_once(tmp_path, arguments, message):
+    """Under torchrun itself, which adds what it has to say about exit codes."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [sys.executable, *torchrun, ROOT / "train_vae.py", *VAE.split(), *arguments.split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode != 0 and done.stdout == ""
+    assert [line for line in done.stderr.splitlines() if line.startswith("error:")] == [f"error: {message}"]
+    assert "exitcode  : 2" in done.stderr and "[rank" not in done.stderr  # tracebacks have that prefix
+    assert not any(file.is_file() for file in tmp_path.rglob("*"))
