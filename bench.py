@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 import common
@@ -28,9 +27,9 @@ import train_vae
 from budget import decoder_flops, dit_flops, prior_step_flops, vae_step_flops
 from cola import ColaDLM, block_generators
 from common import option
-from dit import DiT, DiTConfig, modulate, pairs
+from dit import DiT, modulate, pairs
 from flow import flow_matching_loss, guide
-from vae import TextVAE, VAEConfig, block_mask, rotate, vae_loss
+from vae import TextVAE, block_mask, rotate, vae_loss
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Measuring
@@ -86,8 +85,8 @@ def ceilings(device, dtype, repeats):
 
 
 def slow_velocity(dit, z, t, pos, mask, cache=None, kept=None):
-    """The velocity of latents z (S, d), all rows of a batch in a line, with times t (S,), positions pos (S,) and a dense
-    mask (S, K) over those in `cache` and themselves.  kept: a list that gets the keys, not rotated, and values."""
+    """The velocity of latents z (S, d), all rows of a batch in a line, with times t (S,), positions pos (S,) and a
+    dense mask (S, K) over those in `cache` and themselves.  kept: a list that gets keys, not rotated, and values."""
     e = dit.emb_in(t)  # (S, C)
     x = dit.txt_in.proj(z)
     for i, block in enumerate(dit.blocks):
@@ -146,10 +145,14 @@ def slow_generation(model, B, n_tokens, steps, cfg_scale):
         decoder.commit(block_size)
         kept = []
         slow_velocity(model.dit, z, torch.zeros_like(pos, dtype=torch.float), pos, mask, cache, kept)
-        joined = zip(cache, kept, strict=True) if cache else [((k[:, :0], v[:, :0], p[:0]), (k, v, p)) for k, v, p in kept]
-        cache = [tuple(torch.cat(pair, dim=-1 if pair[0].dim() == 1 else 1) for pair in zip(*both, strict=True)) for both in joined]
+        cache = [join(*both) for both in zip(cache, kept, strict=True)] if cache else kept
         history += block_size
     return torch.cat(out, dim=1)
+
+
+def join(old, new):
+    """Two of (keys (H, K, D), values (H, K, D), positions (K,)) as one."""
+    return tuple(torch.cat([a, b], dim=-1 if a.dim() == 1 else 1) for a, b in zip(old, new, strict=True))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -163,7 +166,7 @@ class Options:
     precision: str = option("auto", "of matrix products in training", choices=("auto", "fp32", "bf16"))
     block_size: int = option(16, "latents per block", low=1)
     seq_len: int = option(128, "training: tokens of a sequence", low=2)
-    batch_size: int = option(8, "training: sequences of a step", low=1)
+    batch_size: int = option(16, "training: sequences of a step", low=1)
     new_tokens: int = option(128, "generation: tokens of each row", low=1)
     rows: tuple = option(("1", "8", "64"), "generation: rows of a batch")
     steps: int = option(16, "generation: steps of the solver", low=1)
@@ -192,15 +195,11 @@ class Table:
 
 def build(o, device):
     """A ColaDLM of the preset's sizes with random weights, none of them zero."""
-    models = []
-    for script, config_class, model_class in ((train_vae, VAEConfig, TextVAE), (train_prior, DiTConfig, DiT)):
-        options = script.Options(**script.PRESETS.get(o.preset, {}))
-        sizes = {k: v for k, v in asdict(options).items() if k in config_class.__dataclass_fields__}
-        sizes |= dict(block_size=o.block_size, latent_dim=train_vae.Options(**train_vae.PRESETS.get(o.preset, {})).latent_dim)
-        if config_class is VAEConfig and o.preset == "2b":
-            sizes |= dict(vocab_size=VAEConfig.vocab_size)
-        with device:
-            models.append(model_class(config_class(**sizes)))
+    sizes = train_vae.PRESETS.get(o.preset, {}) | dict(preset=o.preset, block_size=o.block_size)
+    vae_config = train_vae.config_of(train_vae.Options(**sizes))
+    dit_config = train_prior.config_of(train_prior.Options(**train_prior.PRESETS.get(o.preset, {})), vae_config)
+    with device:
+        models = TextVAE(vae_config), DiT(dit_config)
     for p in models[1].parameters():
         if not p.any():
             torch.nn.init.normal_(p, std=0.02)
@@ -331,7 +330,9 @@ def main():
     if o.compile:
         model.compile_sampler(**(dict(mode="reduce-overhead") if device.type == "cuda" else {}))
     generation(o, model, device, table, rate, bandwidth)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
+    name = f"{device}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
     with common.replacing(o.out) as temporary:
         temporary.write_text(json.dumps(dict(device=name, options=asdict(o), figures=table.figures), indent=2) + "\n")
     print(f"on {name}; all figures are in {o.out}")

@@ -9,7 +9,7 @@ Element-wise work, norms and softmax are not counted.
 import torch
 
 from dit import TIME_CHANNELS, DiT, DiTConfig
-from vae import TextVAE, VAEConfig
+from vae import MAX_LOGITS, TextVAE
 
 PEAK = 989e12  # bf16 FLOP/s of an H100, for orientation
 STATE_BYTES = 20  # of one trained parameter in fp32: weight, gradient, two moments of AdamW, moving average
@@ -79,12 +79,16 @@ def report(o, vae, dit=None):
 
     o: options of train_vae.py or train_prior.py; vae, dit: configurations; dit None: stage 1."""
     n = o.seq_len // vae.patch_size
-    rows = o.batch_size // o.passes // o.devices  # sequences of one pass on one device
+    rows, rest = divmod(o.batch_size, o.passes * o.devices)  # sequences of one pass on one device
+    if rest:
+        parts = f"--passes {o.passes} times {o.devices} devices"
+        raise ValueError(f"--batch-size {o.batch_size} must be a multiple of {parts}")
     n_vae = parameters(vae)
     trained, frozen = (n_vae, 0) if dit is None else (parameters(dit), n_vae)
     if dit is None:
         flops = vae_step_flops(vae, n, o.mask_weight > 0)
-        activations = 2 * activation_bytes(vae.dim, vae.n_encoder_layer + vae.n_decoder_layer, rows * n, o.checkpointing)
+        layers = 2 * (vae.n_encoder_layer + vae.n_decoder_layer)  # twice: the masked view
+        activations = activation_bytes(vae.dim, layers, rows * n, o.checkpointing)
     else:
         flops = prior_step_flops(dit, vae, n, o.joint)
         activations = activation_bytes(dit.dim, dit.n_layer, 2 * rows * n, o.checkpointing)
@@ -92,6 +96,8 @@ def report(o, vae, dit=None):
             trained, frozen = trained + n_vae, n_vae
             layers = 2 * (vae.n_encoder_layer + vae.n_decoder_layer)
             activations += activation_bytes(vae.dim, layers, rows * n, o.checkpointing)
+    if dit is None or o.joint:  # logits, their softmax and their gradient in fp32
+        activations += 12 * min(rows * o.seq_len * vae.vocab_size, MAX_LOGITS)
     per_token = flops / o.seq_len
     states = STATE_BYTES * trained / (o.devices if o.fsdp else 1) + 4 * frozen
     tokens = o.budget * 1e18 / per_token
@@ -99,7 +105,7 @@ def report(o, vae, dit=None):
         "parameters trained": f"{trained:,}",
         "parameters frozen": f"{frozen:,}",
         "FLOPs per token": f"{per_token:,.0f}",
-        "tokens per step": f"{o.batch_size * o.seq_len:,}, {rows * o.seq_len:,} in a pass of one of {o.devices} devices",
+        "tokens per step": f"{o.batch_size * o.seq_len:,}; {rows * o.seq_len:,} in a pass of one device of {o.devices}",
         "the whole run": f"{o.steps:,} steps, {o.steps * o.batch_size * o.seq_len:,} tokens, "
         f"{o.steps * o.batch_size * flops / 1e18:,.1f} EFLOPs",
         f"{o.budget:g} EFLOPs": f"{tokens:,.0f} tokens, {tokens / (o.batch_size * o.seq_len):,.0f} steps, "

@@ -476,11 +476,15 @@ VAE_FIXED = dict(
 DIT_FIXED = dict(patch_size=1)
 
 
+def load_vae_config(folder):
+    """The VAEConfig in folder/cola_vae."""
+    raw = read_json(Path(folder) / "cola_vae" / "config.json")
+    return to_config(VAEConfig, raw, VAE_NAMES, VAE_FIXED, folder)
+
+
 def load_vae(folder, device="cpu", dtype=torch.float32):
     """The TextVAE in folder/cola_vae."""
-    raw = read_json(Path(folder) / "cola_vae" / "config.json")
-    config = to_config(VAEConfig, raw, VAE_NAMES, VAE_FIXED, folder)
-    return load_weights(TextVAE, config, Path(folder) / "cola_vae", device, dtype)
+    return load_weights(TextVAE, load_vae_config(folder), Path(folder) / "cola_vae", device, dtype)
 
 
 def load_dit(folder, device="cpu", dtype=torch.float32):

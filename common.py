@@ -36,6 +36,11 @@ class TrainingOptions:
 
     passes: int = option(1, "passes per step of a process, each with its share of the batch: less memory", low=1)
     fsdp: bool = option(False, "under torchrun, shard weights and optimizer over the processes: less memory")
+    checkpointing: bool = option(False, "compute activations again for the gradient: less memory, a third more time")
+    compile: bool = option(False, "compile the models: faster on a GPU, after a minute or more")
+    dry_run: bool = option(False, "only print what the run would take: FLOPs, memory, tokens of a budget")
+    devices: int = option(1, "dry run: on so many devices", low=1)
+    budget: float = option(2000.0, "dry run: EFLOPs to spend", low=0.0)
     optimizer: str = option("muon", "muon (hidden matrices; AdamW for the rest) or adamw", choices=("muon", "adamw"))
     weight_decay: float = option(0.01, "weight decay of matrices", low=0.0)
     clip: float = option(1.0, "largest norm of the gradient; 0: any", low=0.0)
@@ -450,7 +455,8 @@ class Run:
 
     Nothing is written before the first `save`, so a run that cannot start leaves no trace."""
 
-    FREE = ("resume", "out", "device", "save_every", "fsdp")  # options that may change when a run is resumed
+    # Options that may change when a run is resumed.
+    FREE = ("resume", "out", "device", "save_every", "fsdp", "checkpointing", "compile")
 
     def __init__(self, options, given):
         """With options.resume, the options come from the saved run; those given anew must agree, except FREE ones.

@@ -11,16 +11,19 @@ import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
+from tqdm import tqdm
 
+import budget
 import common
 import data
-from cola import find_tokenizer, load_vae, save_dit, save_vae
+from cola import find_tokenizer, load_vae, load_vae_config, save_dit, save_vae
 from common import option
 from dit import DiT, DiTConfig
 from flow import flow_matching_loss, sample_times, simulated_prompts
-from vae import masked_view_loss, reconstruction_loss
+from vae import Posterior, VAEConfig, masked_view_loss, reconstruction_loss
 
 
 @dataclass
@@ -40,6 +43,7 @@ class Options(common.TrainingOptions):  # which adds seed, device, resume and th
     t_loc: float = option(1.0, "times are sigmoid(N(t_loc, t_scale)); the paper: 1 for d = 16, 1.7 for 64, 2.3 for 128")
     t_scale: float = option(1.0, "see t_loc", low=0.0)
     prompt_prob: float = option(0.05, "share of blocks that keep a random clean prefix, a prompt", low=0.0, high=1.0)
+    cache_latents: bool = option(False, "encode the text once, in windows that stay; for a frozen VAE")
     joint: bool = option(False, "train the VAE along, held near its stage-1 encoder")
     vae_weight: float = option(1.0, "joint: weight of the VAE's terms", low=0.0)
     fm_weight: float = option(1.0, "joint: weight of the flow-matching loss", low=0.0)
@@ -65,7 +69,7 @@ PRESETS = {  # "small" is what stands above
     "2b": dict(
         dim=2048, n_head=16, head_dim=128, rope_dim=96, n_layer=24, t_loc=1.0, joint=True,
         steps=200_000, batch_size=1408, passes=88, seq_len=512, lr=1.5e-4, final_lr=1e-5, warmup=5000, save_every=1000,
-        optimizer="adamw", decoder_noise=0.0,
+        optimizer="adamw", decoder_noise=0.0, checkpointing=True,
         ema=0.9999,  # not the paper's, which does not mention one
     ),
 }  # fmt: skip
@@ -83,9 +87,12 @@ def prior_loss(vae, dit, z, o, generator):
 
 
 def frozen_loss(vae, dit, idx, o, generator):
-    """Stage 2 with a frozen VAE: L_FM alone, on latents computed without gradient.  idx (B, L) -> (loss, terms)"""
+    """Stage 2 with a frozen VAE: L_FM alone, on latents computed without gradient.  Returns (loss, terms).
+
+    idx (B, L), or what `cached_latents` has of it, (B, n, 2, d)."""
     with torch.no_grad():
-        z = vae.encode(idx).sample(generator)
+        posterior = Posterior(*idx.float().unbind(2)) if idx.is_floating_point() else vae.encode(idx)
+        z = posterior.sample(generator)
     return prior_loss(vae, dit, z, o, generator), {}
 
 
@@ -127,8 +134,34 @@ def update_ema(ema, model, decay, step):
         average.lerp_(value, 1 - decay)
 
 
+def config_of(o, vae):
+    """The prior's configuration, on latents of a VAEConfig."""
+    sizes = {name: value for name, value in asdict(o).items() if name in DiTConfig.__dataclass_fields__}
+    return DiTConfig(**sizes | dict(latent_dim=vae.latent_dim, block_size=vae.block_size))
+
+
+def cached_latents(vae, tokens, seq_len, file):
+    """Posteriors of all windows of a corpus, one after the other, encoded once: mu and logvar in half precision in a
+    memory-mapped file, (windows, n, 2, d)."""
+    starts = np.arange(0, len(tokens) - seq_len + 1, seq_len)
+    shape = (len(starts), seq_len // vae.config.patch_size, 2, vae.config.latent_dim)
+    if not file.exists():
+        with common.replacing(file) as temporary:
+            cache = np.memmap(temporary, np.float16, "w+", shape=shape)
+            for part in tqdm(np.array_split(np.arange(len(starts)), -(-len(starts) // 64)), desc="latents"):
+                idx = data.windows(tokens, starts[part], seq_len).to(next(vae.parameters()).device)
+                posterior = vae.encode(idx)
+                cache[part] = torch.stack([posterior.mu, posterior.logvar], dim=2).cpu().numpy()
+            cache.flush()
+    return np.memmap(file, np.float16, "r", shape=shape)
+
+
 def main():
     options, given = common.parse_options(Options, __doc__, PRESETS)
+    if options.dry_run:
+        released = options.preset == "2b" and not Path(options.vae).exists()
+        vae_config = VAEConfig() if released else load_vae_config(options.vae)
+        return budget.report(options, vae_config, config_of(options, vae_config))
     run = common.Run(options, given)
     o, device = run.options, common.join_processes(common.pick_device(options.device))
     amp = common.autocast(device, o.precision)
@@ -137,8 +170,7 @@ def main():
     source = run.folder if o.resume else Path(o.vae)
     vae = load_vae(source, device)
     tokenizer = find_tokenizer(source, vae.config.vocab_size, required=True)
-    sizes = {name: value for name, value in asdict(o).items() if name in DiTConfig.__dataclass_fields__}
-    config = DiTConfig(**sizes | dict(latent_dim=vae.config.latent_dim, block_size=vae.config.block_size))
+    config = config_of(o, vae.config)
     data.check_shape(o.batch_size, o.passes, o.seq_len, vae.config)
     text = o.data or (f"{o.vae}/data",)
     if not o.data and not data.is_prepared(text[0]):
@@ -148,6 +180,13 @@ def main():
         corpus = data.open_corpus(text, run.folder / "data", lambda: tokenizer, o.batch_size, o.seq_len, opened)
     data.check_same(corpus.tokenizer, tokenizer)
 
+    latents = None
+    if o.cache_latents:
+        if o.joint or not vae.config.use_variation:
+            raise ValueError("--cache-latents is for a frozen VAE with a variance: leave it out")
+        with common.first_process_first(), torch.no_grad(), amp:
+            latents = cached_latents(vae, corpus.train, o.seq_len, run.folder / "latents.bin")
+
     # What is trained, its moving average and its optimizer; new or as they were.
     torch.manual_seed(o.seed)
     dit = DiT(config).to(device)
@@ -156,6 +195,13 @@ def main():
     ema = copy.deepcopy(trained).requires_grad_(False)
     states = dict(trained=trained, ema=ema) | (dict(reference=vae) if o.joint else {})
     first_step = run.restore(**states) if o.resume else 0
+
+    for model in (dit, vae, *trained.children()):
+        model.checkpointing = o.checkpointing
+    if o.compile:
+        dit.compile(dynamic=False)
+        for model in {vae, trained.vae} if o.joint else {vae}:
+            model.transform = torch.compile(model.transform, dynamic=False)
 
     def batch_loss(models, idx, generator):
         if o.joint:
@@ -190,7 +236,10 @@ def main():
     tokens_per_step = o.batch_size * o.seq_len
     with common.progress_bar(first_step, o.steps, tokens_per_step) as bar:
         for step in range(first_step, o.steps):
-            idx = data.random_batch(corpus.train, o.batch_size, o.seq_len, o.seed, step).to(device)  # (B, L)
+            if latents is None:
+                idx = data.random_batch(corpus.train, o.batch_size, o.seq_len, o.seed, step).to(device)  # (B, L)
+            else:
+                idx = data.random_rows(latents, o.batch_size, o.seed, step).to(device)  # (B, n, 2, d)
             lr = common.learning_rate(step, o.steps, o.warmup, o.lr, o.final_lr)
             passes = []
             for part, generator in common.parts_of_batch(idx, o.passes, o.seed, step):

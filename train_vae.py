@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+import budget
 import common
 import data
 from cola import find_tokenizer, save_vae
@@ -54,20 +55,30 @@ PRESETS = {  # "small" is what stands above
         tokenizer="cl100k_base", dim=1536, ffn_dim=6144, n_head=12, n_encoder_layer=4, n_decoder_layer=4,
         latent_dim=16, block_size=16, decoder_noise=0.0, optimizer="adamw",
         steps=200_000, batch_size=1408, passes=88, seq_len=512, lr=1.5e-4, final_lr=1e-5, warmup=5000, save_every=1000,
+        checkpointing=True,
     ),
 }  # fmt: skip
 EVAL_SEQUENCES = 128  # held-out sequences behind the figure at the end
 
 
+def config_of(o):
+    """The VAE's configuration; a tokenizer that is not trained here has its own vocabulary size."""
+    config = VAEConfig(**{name: value for name, value in asdict(o).items() if name in VAEConfig.__dataclass_fields__})
+    if o.preset == "2b":
+        config.vocab_size = VAEConfig.vocab_size
+    return config
+
+
 def main():
     options, given = common.parse_options(Options, __doc__, PRESETS)
+    if options.dry_run:
+        return budget.report(options, config_of(options))
     run = common.Run(options, given)
     o, device = run.options, common.join_processes(common.pick_device(options.device))
     amp = common.autocast(device, o.precision)
 
     # Text, tokens, tokenizer.
-    sizes = {name: value for name, value in asdict(o).items() if name in VAEConfig.__dataclass_fields__}
-    config = VAEConfig(**sizes)
+    config = config_of(o)
     data.check_shape(o.batch_size, o.passes, o.seq_len, config)
 
     def tokenizer():
@@ -84,6 +95,10 @@ def main():
     torch.manual_seed(o.seed)
     vae = TextVAE(config).to(device)
     first_step = run.restore(vae=vae) if o.resume else 0
+
+    vae.checkpointing = o.checkpointing
+    if o.compile:
+        vae.transform = torch.compile(vae.transform, dynamic=False)
 
     def batch_loss(vae, idx, generator):
         return vae_loss(vae, idx, o.beta, o.mask_weight, o.mask_ratio, o.decoder_noise, generator)

@@ -398,14 +398,17 @@ class TextVAE(nn.Module):
         """The matrices of attention and feed-forward layers."""
         return [p for half in (self.encoder, self.decoder) for p in half.blocks.parameters() if p.dim() == 2]
 
-    def transform(self, x, blocks, cache=None):
-        """The transformer of either half.  x (B, n, C) -> (B, n, C)"""
+    def layout(self, n, device, cache=None):
+        """The Layout of n latents behind the histories in `cache`."""
         c = self.config
 
         def rope(pos):
-            return halves_table(pos, c.dim // c.n_head, c.rope_theta, x.device)
+            return halves_table(pos, c.dim // c.n_head, c.rope_theta, device)
 
-        layout = make_layout(x.shape[1], c.block_size, rope, x.device, cache)
+        return make_layout(n, c.block_size, rope, device, cache)
+
+    def transform(self, x, blocks, layout, cache=None):
+        """The transformer of either half.  x (B, n, C) -> (B, n, C)"""
         for block in blocks:
             x = run_block(block, self.checkpointing, x, layout, cache)
         return x
@@ -421,7 +424,7 @@ class TextVAE(nn.Module):
             raise ValueError(f"{idx.shape[1]} tokens are not a multiple of patch_size {c.patch_size}")
         x = self.encoder.wte(idx)  # (B, L, C)
         x = self.encoder.patch_embedder(x.transpose(1, 2)).transpose(1, 2)  # (B, n, C)
-        x = self.transform(x, self.encoder.blocks)
+        x = self.transform(x, self.encoder.blocks, self.layout(x.shape[1], x.device))
         x = self.encoder.final_layer(x).float()  # (B, n, 2d); from here on in fp32, whatever the precision before
         if not c.use_variation:
             return Posterior(F.layer_norm(x, (c.latent_dim,), eps=c.norm_eps))
@@ -442,7 +445,7 @@ class TextVAE(nn.Module):
         """`decode` but for its last layer: (B, n, d) -> (B, n*p, C)."""
         c = self.config
         x = self.decoder.in_layer(z.to(self.decoder.in_layer.weight.dtype))  # (B, n, C)
-        x = self.transform(x, self.decoder.blocks, cache)
+        x = self.transform(x, self.decoder.blocks, self.layout(z.shape[1], z.device, cache), cache)
         x = self.decoder.unpatch_layer(x)  # (B, n, C*p)
         x = x.unflatten(-1, (c.dim, c.patch_size)).transpose(2, 3).flatten(1, 2)  # (B, n*p, C)
         return self.decoder.final_norm(x)

@@ -286,7 +286,7 @@ def test_patches():
     assert posterior.mu.shape == (2, 8, d)
     logits = vae.decode(posterior.mu)
     assert logits.shape == (2, 16, V)
-    x = vae.transform(vae.decoder.in_layer(posterior.mu), vae.decoder.blocks)
+    x = vae.transform(vae.decoder.in_layer(posterior.mu), vae.decoder.blocks, vae.layout(8, "cpu"))
     second = vae.decoder.unpatch_layer(x)[:, 3].view(2, 32, 2)[..., 1]  # channels are laid out (c p)
     torch.testing.assert_close(logits[:, 7], vae.decoder.final_layer(vae.decoder.final_norm(second)))
     assert touched(lambda x: vae.encode(x).mu, idx, 9) == [4, 5, 6, 7]

@@ -16,10 +16,10 @@ import data
 import judge
 import train_prior
 import train_vae
-from cola import ColaDLM
+from cola import ColaDLM, load_vae
 from dit import DiT, DiTConfig
 from flow import flow_matching_loss, sample_times, simulated_prompts
-from vae import TextVAE, VAEConfig, token_accuracy, vae_loss
+from vae import Posterior, TextVAE, VAEConfig, token_accuracy, vae_loss
 
 
 def test_one_batch_is_learned_until_sampling_gives_it_back():
@@ -338,3 +338,39 @@ def test_moving_average():
     assert ema.weight.item() == pytest.approx(0.1)
     train_prior.update_ema(ema, model, 0.9, step=0)  # early on, a short memory: 1/10 of the old
     assert ema.weight.item() == pytest.approx(0.91)
+
+
+def test_training_compiles_without_breaks_and_but_once():
+    vae, dit = TextVAE(VAEConfig(40, 32, 64, 2, 1, 1, 8, 1, 4)), DiT(DiTConfig(8, 32, 2, 16, 8, 2, 4, 4))
+    idx = torch.randint(0, 40, (2, 16))
+
+    def gradients(seed):
+        generator = common.step_generator(seed, 0, "cpu")
+        z0 = vae.encode(idx).sample(generator)
+        loss = flow_matching_loss(dit, z0, torch.ones_like(z0), sample_times(2, 1.0, 1.0, generator))
+        loss = loss - vae.log_likelihood(z0, idx).mean()
+        return torch.autograd.grad(loss, [*dit.parameters(), *vae.parameters()], allow_unused=True)
+
+    wanted = gradients(0)
+    dit.compile(dynamic=False, fullgraph=True, backend="aot_eager")
+    vae.transform = torch.compile(vae.transform, dynamic=False, fullgraph=True, backend="aot_eager")
+    for a, b in zip(gradients(0), wanted, strict=True):
+        assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, atol=1e-5))
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    gradients(1)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+def test_cached_latents_are_those_of_the_windows(text, trained, tmp_path, monkeypatch):
+    options = f"--vae {trained}/runs/vae {PRIOR_SIZE} {COMMON} --steps 3 --out out"
+    call(train_prior.main, f"{options} --cache-latents --checkpointing", monkeypatch, tmp_path)
+    corpus, vae = data.open_tokens(trained / "runs/vae/data"), load_vae(trained / "runs/vae")
+    with torch.no_grad():
+        latents = train_prior.cached_latents(vae, corpus.train, 32, tmp_path / "out/latents.bin")
+        posterior = vae.encode(data.windows(corpus.train, [0, 64], 32))
+    assert latents.shape == (len(corpus.train) // 32, 32, 2, 4)
+    cached = Posterior(*torch.from_numpy(latents[[0, 2]]).float().unbind(2))
+    torch.testing.assert_close(cached.mu, posterior.mu, atol=2e-3, rtol=0)
+    torch.testing.assert_close(cached.logvar, posterior.logvar, atol=2e-3, rtol=2e-3)
+    with pytest.raises(ValueError, match="--cache-latents is for a frozen VAE"):
+        call(train_prior.main, f"{options}2 --cache-latents --joint", monkeypatch, tmp_path)

@@ -1,0 +1,56 @@
+"""What budget.py counts from the sizes is what PyTorch counts in a forward pass."""
+
+import pytest
+import torch
+from conftest import call
+from test_models import small_dit, small_vae
+from torch.utils.flop_counter import FlopCounterMode
+
+import bench
+import budget
+import train_prior
+import train_vae
+from vae import VAEConfig
+
+
+def counted(function):
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def test_flops_of_a_forward_pass():
+    """Under a mask PyTorch multiplies by all keys; the formulas take their number."""
+    dit, vae, n, B = small_dit(), small_vae(), 8, 3
+    times = B * budget.modulation_flops(dit.config)
+    for p in [*dit.parameters(), *vae.parameters()]:
+        p.requires_grad_(True)  # plain attention, every product of which is counted
+    z, idx = torch.randn(B, n, 8), torch.randint(0, 30, (B, n))
+    assert counted(lambda: dit(z, torch.rand(B))) == B * n * budget.dit_flops(dit.config, n) + times
+    assert counted(lambda: vae.encode(idx)) == B * n * budget.encoder_flops(vae.config, n)
+    assert counted(lambda: vae.decode(z)) == B * n * budget.decoder_flops(vae.config, n)
+
+
+def test_parameters_of_the_released_model():
+    assert budget.parameters(budget.DiTConfig()) == 1_829_875_728
+    assert budget.parameters(VAEConfig()) == 501_871_574
+
+
+def test_a_dry_run_allocates_nothing_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    call(train_prior.main, "--preset 2b --dry-run --devices 64 --passes 2 --fsdp", monkeypatch, tmp_path)
+    lines = capsys.readouterr().out
+    assert "2,331,747,302" in lines and "tokens per step        720,896; 5,632" in lines
+    call(train_vae.main, "--dry-run", monkeypatch, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="--batch-size 1408 must be a multiple of --passes 88 times 64 devices"):
+        call(train_prior.main, "--preset 2b --dry-run --devices 64", monkeypatch, tmp_path)
+
+
+def test_the_slow_way_gives_the_same_numbers(tmp_path, monkeypatch):
+    size = "--seq-len 32 --batch-size 2 --new-tokens 32 --rows 2 --steps 2 --repeats 1 --precision fp32 --device cpu"
+    call(bench.main, f"{size} --no-growth", monkeypatch, tmp_path)
+    figures = bench.json.loads((tmp_path / "bench.json").read_text())["figures"]
+    training = figures["stage 2 step: gain over the slow way"]
+    assert training["loss"] == pytest.approx(training["slow_loss"], rel=1e-5) and training["ratio"] > 0
+    assert figures["generation, 2 rows: gain over the slow way"]["difference"] < 1e-5
+    assert all(value > 0 for values in figures.values() for key, value in values.items() if key != "difference")
