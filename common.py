@@ -246,13 +246,17 @@ def shard(module, groups, device, bf16=False):
     """FSDP: of every parameter, gradient and optimizer state, each process keeps one part.
 
     groups: the modules, or lists of modules, whose weights are gathered together just before their forward pass; what
-    is left goes with `module`.  bf16: gather weights in bfloat16; autocast treats them like its own copies."""
+    is left goes with `module`.  bf16: gather weights in bfloat16, the copies that autocast would make anyway; it
+    makes none for LayerNorms, and rounded they would move the latents."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(device.type, (n_processes(),))
-    dtypes = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else {}
-    policy = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)  # positions need all their digits
+    fp32 = policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # positions need all their digits
+    if bf16:
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        for norm in [part for part in module.modules() if isinstance(part, nn.LayerNorm) and part.elementwise_affine]:
+            fully_shard(norm, mesh=mesh, mp_policy=fp32)
     for group in [*groups, module]:
         fully_shard(group, mesh=mesh, mp_policy=policy)
     return module
