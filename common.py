@@ -11,6 +11,7 @@ import pickle
 import re
 import sys
 import time
+import warnings
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -254,6 +255,7 @@ def distribute(objective, groups, o, device):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    warnings.filterwarnings("ignore", ".*returned a view tensor")  # which matters to those who write into it
     mesh = init_device_mesh(device.type, (n_processes(),))
     fp32 = policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # positions need all their digits
     if uses_bf16(device, o.precision):
