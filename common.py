@@ -11,6 +11,7 @@ import pickle
 import re
 import sys
 import time
+import warnings
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -216,8 +217,8 @@ def join_processes(device):
         torch.cuda.set_device(device)
     elif device.type != "cpu":
         raise ValueError(f"torchrun works with cuda and cpu only: --device {device.type} takes one process")
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=2))  # tokenizing or a save may take long
+    backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    dist.init_process_group(backend, timeout=timedelta(hours=2), device_id=device_id)  # tokenizing may take long
     dist.barrier()
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -247,27 +248,28 @@ class Objective(nn.Module):
         return self.loss(self.models, idx, generator)
 
 
-def shard(module, groups, device, bf16=False):
-    """FSDP: of every parameter, gradient and optimizer state, each process keeps one part.
+def distribute(objective, groups, o, device):
+    """The objective as this process trains it: alone, as one of equal copies (DDP) or, with --fsdp, keeping one part of
+    every parameter, gradient and optimizer state.
 
-    groups: the modules, or lists of modules, whose weights are gathered together just before their forward pass; what
-    is left goes with `module`.  bf16: gather weights in bfloat16; autocast treats them like its own copies."""
+    groups: the modules, or lists of modules, whose weights FSDP gathers together just before their forward pass; the
+    rest goes with the objective.  In bfloat16 it gathers the copies that autocast would make anyway; autocast makes
+    none of LayerNorms, and rounded they would move the latents."""
+    if not o.fsdp:
+        return nn.parallel.DistributedDataParallel(objective) if under_torchrun() else objective
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    warnings.filterwarnings("ignore", ".*returned a view tensor")  # which matters to those who write into it
     mesh = init_device_mesh(device.type, (n_processes(),))
-    dtypes = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else {}
-    policy = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)  # positions need all their digits
-    for group in [*groups, module]:
+    fp32 = policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # positions need all their digits
+    if uses_bf16(device, o.precision):
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        for norm in [m for m in objective.modules() if isinstance(m, nn.LayerNorm) and m.elementwise_affine]:
+            fully_shard(norm, mesh=mesh, mp_policy=fp32)
+    for group in [*groups, objective]:
         fully_shard(group, mesh=mesh, mp_policy=policy)
-    return module
-
-
-def distribute(objective, groups, fsdp, device, bf16):
-    """The objective as this process trains it: sharded, as one of equal copies (DDP), or alone."""
-    if fsdp:
-        return shard(objective, groups, device, bf16)
-    return nn.parallel.DistributedDataParallel(objective) if under_torchrun() else objective
+    return objective
 
 
 def shard_like(value, param):
@@ -309,15 +311,6 @@ def parts_of_batch(idx, passes, seed, step):
     first, parts = rank() * passes, idx.chunk(n_processes() * passes)
     for number in range(first, first + passes):
         yield parts[number], step_generator(seed, step, idx.device, number)
-
-
-def mean_over_processes(row, device):
-    """{name: number} -> the same of means.  Collective."""
-    if not under_torchrun():
-        return row
-    values = torch.tensor(list(row.values()), dtype=torch.float64, device=device)
-    dist.all_reduce(values)
-    return dict(zip(row, (values / n_processes()).tolist(), strict=True))
 
 
 def collect(items):
@@ -382,11 +375,9 @@ class Optimizers:
         for optimizer in self.optimizers:
             own = state[type(optimizer).__name__]
             params = [p for group in optimizer.param_groups for p in group["params"]]  # the state counts them
-            moments = {
-                i: {name: shard_like(value, params[i]) for name, value in of_param.items()}
-                for i, of_param in own["state"].items()
-            }
-            optimizer.load_state_dict(own | dict(state=moments))
+            for i, of_param in own["state"].items():
+                of_param.update({name: shard_like(value, params[i]) for name, value in of_param.items()})
+            optimizer.load_state_dict(own)
 
 
 def learning_rate(step, steps, warmup, peak, final):
@@ -486,7 +477,10 @@ class Run:
     def record(self, bar, step, lr, passes):
         """Add a row to the log and show it on the progress bar; collective.  passes: of each, {name: scalar tensor}."""
         row = {name: sum(terms[name].item() for terms in passes) / len(passes) for name in passes[0]}
-        row = mean_over_processes(row, passes[0]["loss"].device)
+        if under_torchrun():  # the mean over processes
+            values = torch.tensor(list(row.values()), dtype=torch.float64, device=passes[0]["loss"].device)
+            dist.all_reduce(values)
+            row = dict(zip(row, (values / n_processes()).tolist(), strict=True))
         self.log.append(dict(step=step, lr=lr) | row)
         bar.set_postfix({name: f"{value:.3f}" for name, value in row.items()} | dict(lr=f"{lr:.1e}"))
 

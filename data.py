@@ -28,7 +28,7 @@ import numpy as np
 import tiktoken
 import torch
 
-from common import check_new, n_processes, option, parse_options, replacing, run_script
+from common import check_new, first_process_first, n_processes, option, parse_options, rank, replacing, run_script
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Documents
@@ -437,8 +437,9 @@ def open_corpus(source, folder, tokenizer, batch_size, seq_len, resume):
     tokenized into `folder`, or was before when resuming.  tokenizer: a function that returns one, called only if
     needed.  Raises ValueError if the corpus cannot fill a batch."""
     prepared = len(source) == 1 and is_prepared(source[0])
-    if not prepared and not resume:
-        return prepare(source, tokenizer(), folder, batch_size, seq_len)
+    with first_process_first():
+        if rank() == 0 and not prepared and not resume:
+            return prepare(source, tokenizer(), folder, batch_size, seq_len)
     corpus = open_tokens(source[0] if prepared else folder)
     check_length(len(corpus.train), len(corpus.val), batch_size, seq_len)
     return corpus
@@ -462,8 +463,7 @@ def open_tokens(folder):
 
 
 def check_shape(batch_size, passes, seq_len, vae_config):
-    """Raises ValueError if blocks do not fill a sequence, or if a batch does not split evenly into passes (those of all
-    processes)."""
+    """Raises ValueError if blocks do not fill a sequence, or a batch does not split evenly into everybody's passes."""
     chunk = vae_config.block_size * vae_config.patch_size
     if seq_len % chunk:
         raise ValueError(f"--seq-len {seq_len} must be a multiple of block_size * patch_size = {chunk}")

@@ -175,9 +175,7 @@ def main():
     text = o.data or (f"{o.vae}/data",)
     if not o.data and not data.is_prepared(text[0]):
         raise ValueError(f"{o.vae} has no text of its own: name some with --data")
-    with common.first_process_first():
-        opened = o.resume or common.rank() > 0
-        corpus = data.open_corpus(text, run.folder / "data", lambda: tokenizer, o.batch_size, o.seq_len, opened)
+    corpus = data.open_corpus(text, run.folder / "data", lambda: tokenizer, o.batch_size, o.seq_len, o.resume)
     data.check_same(corpus.tokenizer, tokenizer)
 
     latents = None
@@ -208,10 +206,9 @@ def main():
             return joint_loss(models.vae, vae, models.dit, idx, o, generator)
         return frozen_loss(vae, models.dit, idx, o, generator)
 
-    objective, bf16 = common.Objective(trained, batch_loss), common.uses_bf16(device, o.precision)
-    objective = common.distribute(objective, fsdp_groups(trained), o.fsdp, device, bf16)
-    if o.fsdp:
-        common.shard(common.Objective(ema, batch_loss), fsdp_groups(ema), device)
+    objective = common.distribute(common.Objective(trained, batch_loss), fsdp_groups(trained), o, device)
+    if o.fsdp:  # the average is kept in the same parts
+        common.distribute(common.Objective(ema, batch_loss), fsdp_groups(ema), o, device)
     lr_ratios = dict(dit=1.0, vae=o.vae_lr_ratio)
     parts = [(part, lr_ratios[name]) for name, part in trained.items()]
     states["optimizer"] = optimizer = common.make_optimizer(parts, o.optimizer, o.weight_decay)

@@ -84,9 +84,7 @@ def main():
     def tokenizer():
         return data.make_tokenizer(o.tokenizer, o.vocab_size, o.data)
 
-    with common.first_process_first():
-        opened = o.resume or common.rank() > 0
-        corpus = data.open_corpus(o.data, run.folder / "data", tokenizer, o.batch_size, o.seq_len, opened)
+    corpus = data.open_corpus(o.data, run.folder / "data", tokenizer, o.batch_size, o.seq_len, o.resume)
     config.vocab_size = corpus.tokenizer.n_vocab
     if o.resume:
         data.check_same(corpus.tokenizer, find_tokenizer(run.folder, config.vocab_size, required=True))
@@ -103,9 +101,8 @@ def main():
     def batch_loss(vae, idx, generator):
         return vae_loss(vae, idx, o.beta, o.mask_weight, o.mask_ratio, o.decoder_noise, generator)
 
-    groups = [*vae.encoder.blocks, *vae.decoder.blocks]
-    bf16 = common.uses_bf16(device, o.precision)
-    objective = common.distribute(common.Objective(vae, batch_loss), groups, o.fsdp, device, bf16)
+    blocks = [*vae.encoder.blocks, *vae.decoder.blocks]
+    objective = common.distribute(common.Objective(vae, batch_loss), blocks, o, device)
     optimizer = common.make_optimizer([(vae, 1.0)], o.optimizer, o.weight_decay)
     if o.resume:
         run.restore(optimizer=optimizer)
