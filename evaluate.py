@@ -3,6 +3,7 @@
     python evaluate.py                                            # diagnostics of runs/cola on its held-out text
     python evaluate.py --model released --tasks lambada,mmlu --task-data benchmarks/     # benchmarks; see tasks.py
     python evaluate.py --score lambada.jsonl mmlu.jsonl           # score generations that exist already
+    torchrun --nproc_per_node=8 evaluate.py --tasks all           # the lines shared out over 8 devices
 
 Each diagnostic asks after one part.  Reconstruction: does the decoder recover the text from the latents?  Compression:
 how much do the latents hold?  Prior fit: does the prior match the latents?  Last comes what they make together, the
@@ -24,7 +25,18 @@ import data
 import judge
 import tasks
 from cola import ColaDLM
-from common import SamplingOptions, check_new, option, parse_options, pick_device, replacing, run_script
+from common import (
+    SamplingOptions,
+    check_new,
+    first_process_first,
+    join_processes,
+    n_processes,
+    option,
+    parse_options,
+    pick_device,
+    replacing,
+    run_script,
+)
 from flow import layout_velocity, solve, velocity_error
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -413,13 +425,15 @@ def main():
         raise ValueError(f"unknown section {sorted(unknown)[0]}: choose among {' '.join(SECTIONS)}")
     if o.plot and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install matplotlib")
-    device = pick_device(o.device)
+    device = join_processes(pick_device(o.device))
     if o.tasks:
         jobs = tasks.open_tasks(o.tasks, o.task_data, o.limit, o.rank)  # before the model, which takes longer to load
     model = ColaDLM.from_pretrained(o.model, device, with_tokenizer=True).requires_grad_(False)
     if o.tasks:
         return run_tasks(model, jobs, read_times, o, given)
 
+    if n_processes() > 1:
+        raise ValueError("several processes share out the lines of --tasks; the diagnostics take one process")
     corpus = data.open_tokens(o.data)
     data.check_same(corpus.tokenizer, model.tokenizer)
     data.check_shape(1, 1, o.seq_len, model.vae.config)
@@ -451,12 +465,13 @@ def run_tasks(model, jobs, read_times, o, given):
     weights = [(Path(o.model) / part / "model.safetensors").stat() for part in ("cola_vae", "cola_dit")]
     about = dict(model=[[file.st_size, file.st_mtime_ns] for file in weights], settings=settings, rank=rank)
     file = Path(o.out) / "settings.json"
-    if not file.exists():
-        check_new(o.out, "choose another --out")
-        with replacing(file) as temporary:
-            temporary.write_text(json.dumps(about, indent=2) + "\n")
-    elif json.loads(file.read_text()) != about:
-        raise ValueError(f"{o.out} holds results of another model or with other options: choose another --out")
+    with first_process_first():
+        if not file.exists():
+            check_new(o.out, "choose another --out")
+            with replacing(file) as temporary:
+                temporary.write_text(json.dumps(about, indent=2) + "\n")
+        elif json.loads(file.read_text()) != about:
+            raise ValueError(f"{o.out} holds results of another model or with other options: choose another --out")
     eos_id = model.tokenizer.eot_token
     tasks.run(model, jobs, Path(o.out), settings | dict(eos_id=eos_id), o.batch_size, rank)
 

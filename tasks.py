@@ -22,7 +22,7 @@ from string import Formatter
 
 from tqdm import tqdm
 
-from common import replacing
+from common import collect, first_process_first, n_processes, rank, replacing
 from data import numbered_objects
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -286,14 +286,14 @@ def names_of(text):
     return names
 
 
-def open_tasks(text, folder, limit, rank):
+def open_tasks(text, folder, limit, ranking):
     """{task name: lines} of the named tasks, at most `limit` lines of each (0: all)."""
     jobs = {}
     for name in names_of(text):
         task = TASKS[name]
-        if rank and "choices" not in task.fields:
+        if ranking and "choices" not in task.fields:
             raise ValueError(f"{name} has no choices to rank")
-        needed = ["id", "answer"] + ["choices"] * (task.by_choice or rank)
+        needed = ["id", "answer"] + ["choices"] * (task.by_choice or ranking)
         jobs[name] = read_lines(Path(folder) / f"{name}.jsonl", needed, task.fields)[: limit or None]
     return jobs
 
@@ -302,39 +302,43 @@ def open_tasks(text, folder, limit, rank):
 # Running
 
 
-def run(model, jobs, out, settings, batch_size, rank=None):
+def run(model, jobs, out, settings, batch_size, ranking=None):
     """Generate, or rank the choices, then score; writes `out`/<task>.jsonl and the summary, and prints it.
 
-    jobs: of `open_tasks`; settings: options of `ColaDLM.generate`; rank: options of `ColaDLM.conditional_log_prob`, to
+    jobs: of `open_tasks`; settings: options of `ColaDLM.generate`; ranking: those of `ColaDLM.conditional_log_prob`, to
     take the likeliest choice instead.  Lines that `out` has already are not asked again.  The noise of a row belongs to
-    its line, so neither batches nor interruptions change what comes out."""
-    rows = []
+    its line, so neither batches nor processes nor interruptions change what comes out."""
+    rows, n = [], n_processes()
     for name, lines in jobs.items():
         file = out / f"{name}.jsonl"
-        done = finished(file)
+        with first_process_first():
+            done = finished(file)
         todo = [line for line in lines if line["id"] not in done]
         prompts = {line["id"]: prompt_of(TASKS[name], line) for line in todo}
         todo.sort(key=lambda line: len(prompts[line["id"]]))  # the rows of a batch should be about equally long
         seeds = {line["id"]: i if type(line["id"]) is str else line["id"] % 2**31 for i, line in enumerate(lines)}
-        with (
-            open(file, "a", encoding="utf-8") as f,
-            tqdm(initial=len(lines) - len(todo), total=len(lines), desc=name) as bar,
-        ):
-            for start in range(0, len(todo), batch_size):
-                batch = todo[start : start + batch_size]
-                asked, row_ids = zip(*((prompts[line["id"]], seeds[line["id"]]) for line in batch), strict=True)
-                if rank is None:
-                    found = [dict(generate=text) for text in model.generate(list(asked), row_ids=row_ids, **settings)]
+        with tqdm(initial=len(lines) - len(todo), total=len(lines), desc=name, disable=rank() > 0) as bar:
+            for start in range(0, len(todo), n * batch_size):
+                batch = todo[start : start + n * batch_size]
+                mine = batch[rank() :: n]
+                asked, row_ids = [prompts[line["id"]] for line in mine], [seeds[line["id"]] for line in mine]
+                if ranking is None:
+                    found = [dict(generate=text) for text in model.generate(asked, row_ids=row_ids, **settings)]
                 else:
-                    found = [ranked(model, *row, rank) for row in zip(asked, batch, row_ids, strict=True)]
-                for prompt, line, result in zip(asked, batch, found, strict=True):
-                    f.write(json.dumps(line | dict(prompt=prompt) | result | verdict(name, line | result)) + "\n")
-                f.flush()
+                    found = [ranked(model, *row, ranking) for row in zip(asked, mine, row_ids, strict=True)]
+                found = collect(found)
+                if rank() == 0:
+                    with open(file, "a", encoding="utf-8") as f:
+                        for line, result in zip(batch, found, strict=True):
+                            row = line | dict(prompt=prompts[line["id"]]) | result
+                            f.write(json.dumps(row | verdict(name, row)) + "\n")
                 bar.update(len(batch))
-        done = finished(file)
-        rows.append(summary_row(name, [done[line["id"]]["correct"] for line in lines]))
-        write_summary(rows, out)
-    print_summary(rows)
+        if rank() == 0:
+            done = finished(file)
+            rows.append(summary_row(name, [done[line["id"]]["correct"] for line in lines]))
+            write_summary(rows, out)
+    if rank() == 0:
+        print_summary(rows)
 
 
 def ranked(model, prompt, line, row_id, options):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import common
 import data
+import evaluate
 import sample
 import train_prior
 import train_vae
@@ -203,3 +204,20 @@ def test_mistakes_are_reported_once(tmp_path, arguments, message):
     assert [line for line in done.stderr.splitlines() if line.startswith("error:")] == [f"error: {message}"]
     assert "exitcode  : 2" in done.stderr and "[rank" not in done.stderr  # tracebacks have that prefix
     assert not any(file.is_file() for file in tmp_path.rglob("*"))
+
+
+def test_benchmarks_are_shared_out(alone, tmp_path):
+    """Two processes write what one does, and go on where it stopped."""
+    lines = [dict(id=i, context="Line " * (i + 1), answer="the") for i in range(5)]
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "lambada.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    start = f"--model {alone}/adamw-prior --tasks lambada --max-new-tokens 4 --steps 2 --batch-size 1 --device cpu"
+    written = []
+    for n in (1, 2):
+        codes, outputs = processes(evaluate.main, f"{start} --out out{n}", tmp_path, n=n)
+        assert codes == [0] * n and "lambada" in outputs[0]
+        written.append((tmp_path / f"out{n}" / "lambada.jsonl").read_text())
+    assert written[0] == written[1] and written[0].count("\n") == 5
+    (tmp_path / "out1" / "lambada.jsonl").write_text("".join(written[0].splitlines(keepends=True)[:2]))
+    processes(evaluate.main, f"{start} --out out1", tmp_path)
+    assert (tmp_path / "out1" / "lambada.jsonl").read_text() == written[0]
