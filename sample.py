@@ -28,6 +28,7 @@ class Options(SamplingOptions):
     num_samples: int = option(10, "samples of each prompt", low=1)
     stop_at_eos: bool = option(True, "end a sample where the model ends its document")
     device: str = option("auto", "auto, cpu, cuda, mps")
+    compile: bool = option(False, "compile a step of the solver: many samples come faster on a GPU, after a minute")
     dtype: str = option("auto", "of the weights; auto: bf16 on CUDA, else fp32", choices=("auto", "fp32", "bf16"))
 
 
@@ -39,6 +40,8 @@ def main():
     if not o.model and common.rank() == 0:
         print(f"model: {folder}", file=sys.stderr)
     model = ColaDLM.from_pretrained(folder, device, torch.bfloat16 if bf16 else torch.float32, with_tokenizer=True)
+    if o.compile:
+        model.compile_sampler(**(dict(mode="reduce-overhead") if device.type == "cuda" else {}))
     settings = o.settings() | dict(eos_id=model.tokenizer.eot_token if o.stop_at_eos else None)
     prompts = [prompt for prompt in o.prompt for _ in range(o.num_samples)]
     after = [prompt or END_OF_TEXT for prompt in prompts]  # after the end of a document begins a new one
