@@ -38,6 +38,8 @@ from vae import TextVAE, block_mask, rotate, vae_loss
 def synchronize(device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    if device.type == "mps":
+        torch.mps.synchronize()
 
 
 def seconds(function, device, repeats):
@@ -88,7 +90,7 @@ def slow_velocity(dit, z, t, pos, mask, cache=None, kept=None):
     """The velocity of latents z (S, d), all rows of a batch in a line, with times t (S,), positions pos (S,) and a
     dense mask (S, K) over those in `cache` and themselves.  kept: a list that gets keys, not rotated, and values."""
     e = dit.emb_in(t)  # (S, C)
-    x = dit.txt_in.proj(z)
+    x = dit.txt_in.proj(z.to(dit.txt_in.proj.weight.dtype))
     for i, block in enumerate(dit.blocks):
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = block.modulation(e).chunk(6, dim=-1)
         h = modulate(block.norm(x), shift_msa, scale_msa)
@@ -121,7 +123,7 @@ def slow_loss(dit, z0, z1, t):
     return (v.view(B, n_clean + n, d)[:, n_clean:] - (z1 - z0)).square().mean()
 
 
-def slow_generation(model, B, n_tokens, steps, cfg_scale):
+def slow_generation(model, B, n_tokens, steps, cfg_scale, seed):
     """The latents of `ColaDLM.blocks` without prompts, (B, n, d)."""
     c, device = model.dit.config, model.device
     block_size, out, cache, history = c.block_size, [], [], 0
@@ -129,8 +131,8 @@ def slow_generation(model, B, n_tokens, steps, cfg_scale):
     itself, times = row[:, None] == row, torch.linspace(1, 0, steps + 1, device=device)
     decoder = model.vae.new_cache(B, n_tokens)
     for b in range(n_tokens // block_size):
-        z = torch.stack([torch.randn(block_size, c.latent_dim, generator=g) for g in block_generators(0, range(B), b)])
-        z = z.to(device).flatten(0, 1)
+        generators = block_generators(seed, range(B), b)
+        z = torch.cat([torch.randn(block_size, c.latent_dim, generator=g) for g in generators]).to(device)
         pos = (history + torch.arange(block_size, device=device)).repeat(B)
         earlier = row.repeat(history // block_size)  # the row of every key in the cache
         mask = torch.cat([row[:, None] == earlier, itself], dim=1)
@@ -288,7 +290,8 @@ def generation(o, model, device, table, rate, bandwidth, latents, label=""):
             flops = rows * c.block_size * dit_flops(c, keys)
             passes = steps * max(size * (weights + cached) / bandwidth, branches * flops / rate)
             decode = rows * c.block_size * decoder_flops(model.vae.config, keys) / rate
-            total += passes + decode + max(size * (weights + cached) / bandwidth, flops / rate)
+            append = max(size * (weights + cached) / bandwidth, flops / rate) if keys < n else 0.0
+            total += passes + decode + append
         return total
 
     def measure(name, rows, **options):
@@ -306,7 +309,7 @@ def generation(o, model, device, table, rate, bandwidth, latents, label=""):
             continue
         slow_name = f"generation, {rows} rows, slow way"
         if not label:
-            arguments = (model, rows, o.new_tokens, o.steps, o.cfg_scale)
+            arguments = (model, rows, o.new_tokens, o.steps, o.cfg_scale, o.seed)
             latents[rows] = slow_generation(*arguments)
             table.add(slow_name, ms=1e3 * seconds(lambda: slow_generation(*arguments), device, 1))  # noqa: B023
         difference = (run(rows) - latents[rows]).abs().mean().item()
@@ -325,24 +328,26 @@ def main():
     earlier = json.loads(Path(o.compare).read_text())["figures"] if o.compare else {}
     torch.manual_seed(o.seed)
     table = Table(earlier)
-    bf16 = common.autocast(device, o.precision)._enabled
+    bf16 = common.uses_bf16(device, o.precision)
+    if o.new_tokens % o.block_size or o.seq_len % o.block_size:
+        raise ValueError(f"--new-tokens and --seq-len must be multiples of --block-size {o.block_size}")
     model = build(o, device)
     rate, bandwidth = ceilings(device, torch.bfloat16 if bf16 else torch.float32, o.repeats)
     table.add("ceiling: products in training", TFLOPs_per_s=rate / 1e12, GB_per_s=bandwidth / 1e9)
     training(o, model, device, table, rate)
 
-    # Generation with weights in fp32 on a CPU, where all numbers should be those of the slow way; in bf16 elsewhere, and
-    # then on a CPU that multiplies it.
+    # Generation on a CPU: with weights in fp32, where the numbers are those of the slow way, and then in bf16, if it
+    # multiplies that.  On CUDA in bf16 alone.
     model, latents = model.eval(), {}
     options = dict(mode="reduce-overhead") if device.type == "cuda" else {}
-    for dtype in [torch.float32] * (device.type != "cuda" or not bf16) + [torch.bfloat16] * bf16:
+    for i, dtype in enumerate([torch.float32] * (device.type != "cuda" or not bf16) + [torch.bfloat16] * bf16):
         rate, bandwidth = ceilings(device, dtype, o.repeats)
         name = str(dtype).removeprefix("torch.")
         table.add(f"ceiling: products in {name}", TFLOPs_per_s=rate / 1e12, GB_per_s=bandwidth / 1e9)
         model = model.to(dtype)
         if o.compile:
             model.compile_sampler(**options)
-        generation(o, model, device, table, rate, bandwidth, latents, f", {name}" if latents else "")
+        generation(o, model, device, table, rate, bandwidth, latents, f", {name}" if i else "")
     name = f"{device}, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)

@@ -1,9 +1,10 @@
 """What a configuration costs: parameters, FLOPs and memory, counted from the sizes alone.
 
-    python train_prior.py --preset 2b --dry-run --devices 64 --fsdp
+    python train_prior.py --preset 2b --dry-run --devices 64 --passes 2 --fsdp
 
 One multiplication with addition is 2 FLOPs.  A training step costs three forward passes: one forward, two backward.
-Element-wise work, norms and softmax are not counted.
+Element-wise work, norms and softmax are not counted,
+nor what activation checkpointing computes again: these are the FLOPs of the model, as in MFU.
 """
 
 import torch
@@ -12,7 +13,8 @@ from dit import TIME_CHANNELS, DiT, DiTConfig
 from vae import MAX_LOGITS, TextVAE
 
 PEAK = 989e12  # bf16 FLOP/s of an H100, for orientation
-STATE_BYTES = 20  # of one trained parameter in fp32: weight, gradient, two moments of AdamW, moving average
+STATE_BYTES = 16  # of one trained parameter in fp32: weight, gradient and two moments of AdamW
+EMA_BYTES = 4  # its moving average, in stage 2
 
 
 def parameters(config):
@@ -58,13 +60,13 @@ def vae_step_flops(c, n, masked_view=True):
     return 3 * n * (1 + masked_view) * (encoder_flops(c, keys) + decoder_flops(c, keys))
 
 
-def prior_step_flops(c, vae, n, joint=False):
+def prior_step_flops(c, vae, n, joint=False, masked_view=True, cached=False):
     """Training, of one sequence of n latents: [clean | noisy] through the DiT, and the VAE, frozen or trained along."""
     n_clean = (n - 1) // c.block_size * c.block_size
     keys = (n + c.block_size) / 2
     prior = 3 * ((n_clean + n) * dit_flops(c, keys) + 2 * modulation_flops(c))
-    encode = n * encoder_flops(vae, keys)
-    return prior + (vae_step_flops(vae, n) + encode if joint else encode)  # joint: and the reference encoder
+    encode = 0 if cached else n * encoder_flops(vae, keys)  # by the frozen VAE, or the reference
+    return prior + encode + (vae_step_flops(vae, n, masked_view) if joint else 0)
 
 
 def activation_bytes(dim, n_layer, positions, checkpointing):
@@ -90,7 +92,7 @@ def report(o, vae, dit=None):
         layers = 2 * (vae.n_encoder_layer + vae.n_decoder_layer)  # twice: the masked view
         activations = activation_bytes(vae.dim, layers, rows * n, o.checkpointing)
     else:
-        flops = prior_step_flops(dit, vae, n, o.joint)
+        flops = prior_step_flops(dit, vae, n, o.joint, o.mask_weight > 0, o.cache_latents)
         activations = activation_bytes(dit.dim, dit.n_layer, 2 * rows * n, o.checkpointing)
         if o.joint:  # the reference is one more frozen copy
             trained, frozen = trained + n_vae, n_vae
@@ -99,7 +101,8 @@ def report(o, vae, dit=None):
     if dit is None or o.joint:  # logits, their softmax and their gradient in fp32
         activations += 12 * min(rows * o.seq_len * vae.vocab_size, MAX_LOGITS)
     per_token = flops / o.seq_len
-    states = STATE_BYTES * trained / (o.devices if o.fsdp else 1) + 4 * frozen
+    per_parameter = STATE_BYTES + (EMA_BYTES if dit else 0)
+    states = per_parameter * trained / (o.devices if o.fsdp else 1) + 4 * frozen
     tokens = o.budget * 1e18 / per_token
     lines = {
         "parameters trained": f"{trained:,}",

@@ -78,14 +78,22 @@ class ColaDLM(nn.Module):
         super().__init__()
         check_fit(vae.config, dit.config)
         self.vae, self.dit, self.tokenizer = vae, dit, tokenizer
-        self.step, self.static = dit.forward, False  # what evaluates the velocity while sampling; see `compile_sampler`
+        self.compiled_step = None  # see `compile_sampler`
 
     def compile_sampler(self, **options):
         """Compile a step of the sampler, with the options of torch.compile.  On CUDA, mode="reduce-overhead" makes it
-        one CUDA graph.  Shapes stay the same from block to block, and so does the graph; a new batch size or a new
-        multiple of STATIC_LEN in length compiles again, which takes up to minutes."""
+        one CUDA graph.  Shapes stay the same from block to block, and so does the graph, but for the first block of
+        all; a new batch size or a new multiple of STATIC_LEN in length compiles again, which takes up to minutes."""
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # one for each batch size
-        self.step, self.static = torch.compile(self.dit.forward, fullgraph=True, dynamic=False, **options), True
+        self.compiled_step = torch.compile(self.dit.forward, fullgraph=True, dynamic=False, **options)
+
+    def step(self, *args):
+        """The velocity while sampling: `DiT.forward`, compiled or not."""
+        return (self.compiled_step or self.dit)(*args)
+
+    @property
+    def static(self):
+        return self.compiled_step is not None
 
     @property
     def device(self):
@@ -275,15 +283,19 @@ class ColaDLM(nn.Module):
             v = self.step(z.repeat(copies, 1, 1), None, time_index, modulation[i], layout, cache)
             if copies == 2:
                 v = guide(*v.chunk(2), scale)
+            elif self.static:
+                v = v.clone()  # a CUDA graph writes its next result to the same place
             return v if clean is None else v.masked_fill(clean[..., None], 0.0)
 
         return velocity
 
     def log_prob(self, texts, n_samples=1, **options):
-        """log p(x) of every text (str or ids), in nats, (B,): a lower bound in expectation, from n_samples samples.
+        """log p(x) of every text (str or ids), in nats, (B,), from n_samples samples.
 
-        One sample is the ELBO, log p(x | z0) + log p(z0) - log q(z0 | x) with z0 ~ q(z0 | x); more give the tighter
-        importance-weighted bound (arXiv:1509.00519), the log of the mean weight.  options: of `log_weights`."""
+        One sample is the ELBO, log p(x | z0) + log p(z0) - log q(z0 | x) with z0 ~ q(z0 | x): in expectation a lower
+        bound.  More give the log of the mean weight (IWAE, arXiv:1509.00519), a tighter bound, but one only with
+        exact=True: the exponential of Hutchinson's unbiased estimate of log p(z0) is too high on average.
+        options: of `log_weights`."""
         log_w = self.log_weights(prompt_ids(self.tokenizer, texts), n_samples, **options).total  # (K, B)
         return log_w.logsumexp(0) - math.log(n_samples)
 
@@ -296,8 +308,11 @@ class ColaDLM(nn.Module):
         before, after = prompt_ids(self.tokenizer, prompts), prompt_ids(self.tokenizer, responses)
         whole = [a + b for a, b in zip(before, after, strict=True)]
         row_ids = list(range(len(whole)) if row_ids is None else row_ids)
-        log_p = self.log_prob(whole + before, n_samples, row_ids=row_ids * 2, **options)
-        return log_p[: len(whole)] - log_p[len(whole) :]
+        prompts = list(dict.fromkeys(zip(map(tuple, before), row_ids, strict=True)))  # each but once
+        rows, their_ids = [list(ids) for ids, _ in prompts], [row_id for _, row_id in prompts]
+        log_p = self.log_prob(whole + rows, n_samples, row_ids=row_ids + their_ids, **options)
+        of_prompt = dict(zip(prompts, log_p[len(whole) :], strict=True))
+        return log_p[: len(whole)] - torch.stack([of_prompt[key] for key in zip(map(tuple, before), row_ids, strict=True)])
 
     @torch.no_grad()
     def log_weights(self, ids, n_samples=1, steps=128, read_time=0.0, exact=False, pad_id=None, seed=0, row_ids=None):
@@ -311,10 +326,12 @@ class ColaDLM(nn.Module):
         history of the next block.  The latent variable is z_t, and q(z_t | x) is q(z0 | x) noised to that time.  The
         bound can be far tighter, since the finest detail of the latents, which no decoder needs, is not asked for.
         seed, row_ids: of the random numbers, as in `blocks`.
-        Raises ValueError for an autoencoder without variance and for ids outside the vocabulary."""
+        Raises ValueError for an autoencoder without variance, ids outside the vocabulary, and options out of range."""
         c, device = self.vae.config, self.device
         if not c.use_variation:
             raise ValueError("this VAE has no variance (use_variation is false), hence no likelihood")
+        if n_samples < 1:
+            raise ValueError(f"n_samples {n_samples} must be at least 1")
         pad_id = c.vocab_size - 1 if pad_id is None else pad_id
         check_ids(ids + [[pad_id]], c.vocab_size)
         if not any(ids):
@@ -334,13 +351,13 @@ class ColaDLM(nn.Module):
             blocks = [[torch.randn(shape, generator=g) for g in block] for block in generators]
             return torch.cat([torch.stack(block) for block in blocks], dim=1).to(device)
 
+        probe = None if exact else draw().sign()  # one for all samples, whose weights are to be compared
         terms = []
         for _ in range(n_samples):
-            eps, probe = draw(), draw().sign()
-            z0 = q0.at(eps)
+            z0 = q0.at(draw())
             zt = qt.at(draw()) if read_time > 0 else z0
             log_p_x = self.vae.log_likelihood(zt, idx)  # (B, L)
-            log_p_z = log_prob(self.dit, z0, zt, read_time, steps, None if exact else probe)  # (B, n_blocks)
+            log_p_z = log_prob(self.dit, z0, zt, read_time, steps, probe)  # (B, n_blocks)
             log_q = block_sum(qt.log_prob(zt), c.block_size)  # (B, n_blocks)
             terms.append([(log_p_x * is_text).sum(1), (log_p_z * is_block).sum(1), (log_q * is_block).sum(1)])
         return LogWeights(*(torch.stack(term) for term in zip(*terms, strict=True)))

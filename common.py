@@ -55,7 +55,7 @@ class TrainingOptions:
 
 @dataclasses.dataclass
 class SamplingOptions:
-    """How sample.py and judge.py sample, with the same defaults: what `ColaDLM.stream` takes, by the same names."""
+    """How sample.py, judge.py and evaluate.py sample, with the same defaults: options of `ColaDLM.stream`, by name."""
 
     max_new_tokens: int = option(64, "at most so many new tokens a sample", low=1)
     steps: int = option(16, "steps of the ODE solver per block", low=1)
@@ -185,6 +185,15 @@ def autocast(device, precision="auto"):
     return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(device, precision))
 
 
+DTYPES = ("auto", "fp32", "bf16")
+
+
+def weights_dtype(name, device):
+    """torch.dtype of weights for sampling, from a name in DTYPES; auto: bfloat16 on CUDA that multiplies it."""
+    bf16 = name == "bf16" or (name == "auto" and device.type == "cuda" and multiplies_bf16(device))
+    return torch.bfloat16 if bf16 else torch.float32
+
+
 def uses_bf16(device, precision):
     return precision == "bf16" or (precision == "auto" and multiplies_bf16(device))
 
@@ -255,8 +264,10 @@ def distribute(objective, groups, o, device):
     groups: the modules, or lists of modules, whose weights FSDP gathers together just before their forward pass; the
     rest goes with the objective.  In bfloat16 it gathers the copies that autocast would make anyway; autocast makes
     none of LayerNorms, and rounded they would move the latents."""
+    if not under_torchrun():
+        return objective
     if not o.fsdp:
-        return nn.parallel.DistributedDataParallel(objective) if under_torchrun() else objective
+        return nn.parallel.DistributedDataParallel(objective, gradient_as_bucket_view=True)  # one copy of gradients
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 

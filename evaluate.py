@@ -14,6 +14,7 @@ for everything that is none), and says on how many sequences it rests.
 import importlib.util
 import json
 import math
+import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,8 +25,9 @@ from tqdm import tqdm
 import data
 import judge
 import tasks
-from cola import ColaDLM
+from cola import ColaDLM, weight_files
 from common import (
+    DTYPES,
     SamplingOptions,
     check_new,
     first_process_first,
@@ -36,6 +38,7 @@ from common import (
     pick_device,
     replacing,
     run_script,
+    weights_dtype,
 )
 from flow import layout_velocity, solve, velocity_error
 
@@ -46,15 +49,19 @@ from flow import layout_velocity, solve, velocity_error
 def jackknife(statistic, n, groups=20):
     """The value of statistic(kept) for all of n sequences, and its standard error.
 
-    kept: a LongTensor of sequence numbers.  Leaving out one of G groups at a time gives G values; their spread, times
-    (G - 1)^2 / G, estimates the variance.  For a mean with groups of one it is the usual standard error.  The
+    kept: a LongTensor of sequence numbers.  Leaving out one of G groups at a time gives G values; their variance times
+    (G - 1)^2 / G estimates that of the whole.  For a mean with groups of one it is the usual standard error.  The
     statistic may return a tensor; so do value and error then."""
     order = torch.arange(n)
     groups = min(groups, n)
-    value = torch.as_tensor(statistic(order), dtype=torch.float64)
+
+    def evaluated(kept):
+        return torch.as_tensor(statistic(kept)).cpu().double()  # in this order: not every device has float64
+
+    value = evaluated(order)
     if groups < 2:
         return value, torch.full_like(value, math.nan)
-    values = [torch.as_tensor(statistic(order[order % groups != g]), dtype=torch.float64) for g in range(groups)]
+    values = [evaluated(order[order % groups != g]) for g in range(groups)]
     return value, torch.stack(values).var(0, unbiased=False).mul(groups - 1).sqrt()
 
 
@@ -187,7 +194,7 @@ def compression(report, model, idx, seed):
     per_row = min(max(MIXTURE // N, 1), mu.shape[1])
     places = torch.linspace(0, mu.shape[1] - 1, per_row).long()
     row = torch.arange(N).repeat_interleave(per_row)
-    mixture = [x[:, places].flatten(0, 1).double().cpu() for x in (mu, logvar)]  # 2 of (M, d)
+    mixture = [x[:, places].flatten(0, 1).cpu().double() for x in (mu, logvar)]  # 2 of (M, d)
     log_ratio = log_posteriors(*mixture, noise_like(mixture[0], seed))
 
     def information(kept):
@@ -222,8 +229,8 @@ def mutual_information(log_q):
 # Prior fit
 
 
-def prior_fit(report, model, idx, contexts, corpus, settings, seed):
-    """Does the prior match the latents?  idx (N, L); contexts: the text before each row, bytes."""
+def prior_fit(report, model, idx, before, corpus, settings, seed):
+    """Does the prior match the latents?  idx (N, L); before: the tokens before each row, lists of ids."""
     N, dit, block_size = len(idx), model.dit, model.dit.config.block_size
     eps = noise_like(latents_of(model, idx), seed)
     z0 = in_batches(lambda x, e: model.vae.to_dit(model.vae.encode(x).at(e)), idx, eps)  # (N, n, d)
@@ -250,33 +257,35 @@ def prior_fit(report, model, idx, contexts, corpus, settings, seed):
     real, others = z0[0 : 2 * half : 2], z0[1 : 2 * half : 2]
     known = judge.text_of(corpus.tokenizer, corpus.train[: judge.JUDGED].tolist())[: judge.JUDGED]
     reader = judge.NGramJudge(judge.START + known)
-    real_texts = [judge.text_of(corpus.tokenizer, row) for row in idx[: 2 * half : 2].tolist()]
-    candidates = {"held-out text": (real, real_texts, contexts[: 2 * half : 2])}
+    prompts = before[: 2 * half : 2]  # those of the real ones: generated text continues what held-out text continues
+    contexts = [judge.text_of(corpus.tokenizer, row) for row in prompts]
+    candidates = {"held-out text": (real, idx[: 2 * half : 2].tolist())}
     for scale in sorted({1.0, settings["cfg_scale"]}):
-        latents, texts = generated(model, half, idx.shape[1], settings | dict(cfg_scale=scale))
-        candidates[f"generated, guidance {scale:g}"] = latents, texts, [judge.START] * half
-    for what, (latents, texts, before) in candidates.items():
+        options = settings | dict(cfg_scale=scale, max_new_tokens=idx.shape[1])
+        candidates[f"generated, guidance {scale:g}"] = generated(model, prompts, **options)
+    for what, (latents, rows) in candidates.items():
+        texts = [judge.text_of(corpus.tokenizer, row) for row in rows]
         for distance in (frechet_distance, energy_distance):
             estimate = jackknife(lambda i: distance(latents[i], others[i]), half)  # noqa: B023
             report.add(name, f"{distance.__name__.replace('_', ' ')}, {what}", estimate, half, "")
-        bits = torch.tensor([reader.bits(text, context) for text, context in zip(texts, before, strict=True)])
+        bits = torch.tensor([reader.bits(text, context) for text, context in zip(texts, contexts, strict=True)])
         sizes = torch.tensor([len(text) for text in texts])
         estimate = jackknife(lambda i: bits[i].sum() / sizes[i].sum(), half)  # noqa: B023
         report.add(name, f"n-gram judge, {what}", estimate, half, "bits/byte")
 
 
-def generated(model, n_rows, n_tokens, settings):
-    """Latents (n_rows, n, d) and texts of new documents, one after the other until there are n_tokens."""
-    prompts = [[model.tokenizer.eot_token]] * n_rows
-    blocks = list(model.blocks(prompts, **settings | dict(max_new_tokens=n_tokens)))
-    latents = torch.cat([block.z for block in blocks], dim=1)[:, -n_tokens // model.vae.config.patch_size :]
-    rows = [sum((block.new[i] for block in blocks), [])[:n_tokens] for i in range(n_rows)]
-    return latents, [judge.text_of(model.tokenizer, row) for row in rows]
+def generated(model, prompts, max_new_tokens, **settings):
+    """Latents (B, n, d) and tokens, B lists, of continuations of equally long prompts, lists of ids."""
+    c = model.vae.config
+    blocks = list(model.blocks(prompts, max_new_tokens, **settings))
+    rows = [sum((block.new[i] for block in blocks), [])[:max_new_tokens] for i in range(len(prompts))]
+    known = -(-(len(prompts[0]) % (c.block_size * c.patch_size)) // c.patch_size)  # latents of the first block
+    return torch.cat([block.z for block in blocks], dim=1)[:, known:][:, : max_new_tokens // c.patch_size], rows
 
 
 def frechet_distance(a, b):
     """Of two sets of latents (N, n, d) as Gaussians: |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))."""
-    a, b = a.flatten(0, 1).double(), b.flatten(0, 1).double()
+    a, b = (x.flatten(0, 1).cpu().double() for x in (a, b))
     cov_a, cov_b = a.T.cov(), b.T.cov()
     values, vectors = torch.linalg.eigh(cov_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
@@ -286,7 +295,7 @@ def frechet_distance(a, b):
 
 def energy_distance(a, b):
     """2 E|x - y| - E|x - x'| - E|y - y'| of two sets of latents (N, n, d), without bias; 0 for equal distributions."""
-    a, b = (x.flatten(0, 1)[:: max(x.shape[0] * x.shape[1] // 2000, 1)].double() for x in (a, b))
+    a, b = (x.flatten(0, 1)[:: max(x.shape[0] * x.shape[1] // 2000, 1)].cpu().double() for x in (a, b))
 
     def within(x):
         return torch.cdist(x, x).sum() / (len(x) * (len(x) - 1))
@@ -304,28 +313,25 @@ def likelihood(report, model, idx, read_times, o):
     n_bytes = torch.tensor([len(judge.text_of(model.tokenizer, row)) for row in ids])
     name = "likelihood"
     for read_time in read_times:
-        options = dict(n_samples=o.samples, steps=o.ode_steps, read_time=read_time, seed=o.seed)
+        options = dict(n_samples=o.samples, steps=o.ode_steps, read_time=read_time, exact=o.exact, seed=o.seed)
         batches = range(0, N, 8)
         weights = [
             model.log_weights(ids[i : i + 8], row_ids=range(i, min(i + 8, N)), **options)
             for i in tqdm(batches, desc=f"likelihood at t = {read_time}", leave=False)
         ]
-        terms = [torch.cat(term, dim=1).double().cpu() for term in zip(*weights, strict=True)]  # 3 of (K, N)
+        terms = [torch.cat(term, dim=1).cpu().double() for term in zip(*weights, strict=True)]  # 3 of (K, N)
         for what, term in zip(("decoder", "prior", "posterior"), terms, strict=True):
             estimate = jackknife(lambda i: term[:, i].mean() / idx.shape[1], N)  # noqa: B023
             report.add(name, f"t = {read_time}: log-density of {what}", estimate, N, "nats/token")
         total = terms[0] + terms[1] - terms[2]
         bounds = {"ELBO": total.mean(0)}
         if o.samples > 1:
-            bounds[f"IWAE-{o.samples}"] = total.logsumexp(0) - math.log(o.samples)
+            bounds[f"IWAE-{o.samples}" + ("" if o.exact else ", no bound")] = total.logsumexp(0) - math.log(o.samples)
         for what, log_p in bounds.items():
             bits = jackknife(lambda i: -log_p[i].sum() / math.log(2) / n_bytes[i].sum(), N)  # noqa: B023
             report.add(name, f"t = {read_time}: {what}", bits, N, "bits/byte")
             perplexity = jackknife(lambda i: torch.exp(-log_p[i].mean() / idx.shape[1]), N)  # noqa: B023
             report.add(name, f"t = {read_time}: {what} perplexity", perplexity, N, "per token")
-
-
-#
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -405,12 +411,15 @@ class Options(SamplingOptions):
     likelihood_sequences: int = option(32, "held-out sequences behind the likelihood, which takes longest", low=2)
     samples: int = option(2, "likelihood: draws from the posterior", low=1)
     ode_steps: int = option(128, "likelihood: steps of the ODE solver", low=1)
+    exact: bool = option(False, "likelihood: exact divergence, d * block_size times as long; then IWAE is a bound")
     read_times: tuple = option(("0", "0.4"), "likelihood: times at which the decoder reads (cola.log_weights)")
     plot: bool = option(False, "write figures as PNG; needs matplotlib")
     # benchmarks
     tasks: str = option("", f"benchmarks instead, separated by commas: {','.join(tasks.TASKS)}, or all")
     task_data: str = option("benchmarks", "folder of task.jsonl files")
     rank: bool = option(False, "choose the likeliest of the choices instead of generating")
+    rank_time: float = option(0.0, "with --rank: when the decoder reads (cola.log_weights)", low=0.0, high=0.99)
+    dtype: str = option("auto", "benchmarks: of the weights; auto: bf16 on CUDA, else fp32", choices=DTYPES)
     limit: int = option(0, "only so many lines of each task; 0: all", low=0)
     batch_size: int = option(32, "prompts at a time", low=1)
     score: tuple = option((), "files of generations to score; no model is needed")
@@ -419,7 +428,7 @@ class Options(SamplingOptions):
 def main():
     o, given = parse_options(Options, __doc__)
     if o.score:
-        return tasks.score_files(o.score, o.tasks, Path(o.out))
+        return tasks.score_files(o.score, o.tasks, Path(o.out) if "out" in given else None)
     read_times = [parse_time(text) for text in o.read_times]
     if unknown := set(o.sections) - set(SECTIONS):
         raise ValueError(f"unknown section {sorted(unknown)[0]}: choose among {' '.join(SECTIONS)}")
@@ -428,9 +437,10 @@ def main():
     device = join_processes(pick_device(o.device))
     if o.tasks:
         jobs = tasks.open_tasks(o.tasks, o.task_data, o.limit, o.rank)  # before the model, which takes longer to load
-    model = ColaDLM.from_pretrained(o.model, device, with_tokenizer=True).requires_grad_(False)
+    dtype = weights_dtype(o.dtype, device) if o.tasks else torch.float32
+    model = ColaDLM.from_pretrained(o.model, device, dtype, with_tokenizer=True).requires_grad_(False)
     if o.tasks:
-        return run_tasks(model, jobs, read_times, o, given)
+        return run_tasks(model, jobs, o, given)
 
     if n_processes() > 1:
         raise ValueError("several processes share out the lines of --tasks; the diagnostics take one process")
@@ -439,8 +449,11 @@ def main():
     data.check_shape(1, 1, o.seq_len, model.vae.config)
     data.check_length(len(corpus.train), len(corpus.val), 1, o.seq_len + CONTEXT)
     rows = data.even_batch(corpus.val, o.num_sequences, o.seq_len + CONTEXT)
-    contexts = [judge.text_of(corpus.tokenizer, row) for row in rows[:, :CONTEXT].tolist()]
-    idx = rows[:, CONTEXT:].to(device)
+    before, idx = rows[:, :CONTEXT].tolist(), rows[:, CONTEXT:].to(device)
+    if len(idx) < 4 or idx.shape[1] < 2 * model.vae.config.patch_size:
+        raise ValueError(f"{len(idx)} sequences of {o.seq_len} tokens: there must be 4 at least, of 2 latents at least")
+    if not model.vae.config.use_variation and {"compression", "likelihood"} & set(o.sections):
+        raise ValueError("this VAE has no variance: it can only be asked for --sections reconstruction prior")
     report = Report(Path(o.out), dict(model=o.model, data=o.data, options=asdict(o)))
     print(f"{o.model} on {idx.numel():,} held-out tokens of {o.data}, {len(idx)} sequences of {o.seq_len}")
     with torch.no_grad():
@@ -449,21 +462,25 @@ def main():
         if "compression" in o.sections:
             compression(report, model, idx, o.seed)
         if "prior" in o.sections:
-            prior_fit(report, model, idx, contexts, corpus, o.settings(), o.seed)
+            prior_fit(report, model, idx, before, corpus, o.settings(), o.seed)
         if "likelihood" in o.sections:
-            likelihood(report, model, idx[: o.likelihood_sequences], read_times, o)
+            chosen = torch.linspace(0, len(idx) - 1, min(o.likelihood_sequences, len(idx))).long()
+            likelihood(report, model, idx[chosen], read_times, o)
         if o.plot:
             plot(report.folder, report.sections, model, idx, o.seed)
-    print(f"\n± is the standard error over the n sequences (jackknife); all figures are in {report.folder}/report.json")
+    print(f"\n± is the standard error over sequences (jackknife); all figures are in {report.folder}/report.json")
 
 
-def run_tasks(model, jobs, read_times, o, given):
+def run_tasks(model, jobs, o, given):
     """The benchmarks, with 32 new tokens and guidance 7 as in the paper unless the command line says otherwise."""
     paper = {name: value for name, value in dict(max_new_tokens=32, cfg_scale=7.0).items() if name not in given}
-    settings = o.settings() | paper
-    rank = dict(n_samples=o.samples, steps=o.ode_steps, read_time=read_times[-1], seed=o.seed) if o.rank else None
-    weights = [(Path(o.model) / part / "model.safetensors").stat() for part in ("cola_vae", "cola_dit")]
-    about = dict(model=[[file.st_size, file.st_mtime_ns] for file in weights], settings=settings, rank=rank)
+    settings, ranking = o.settings() | paper, None
+    if o.rank:
+        n_samples = o.samples if "samples" in given else 1  # with one, what belongs to the prompt cancels
+        ranking = dict(n_samples=n_samples, steps=o.ode_steps, read_time=o.rank_time, exact=o.exact, seed=o.seed)
+    weights = [sorted(set(weight_files(Path(o.model) / part).values())) for part in ("cola_vae", "cola_dit")]
+    weights = [zlib.crc32(file.open("rb").read(1 << 26)) for files in weights for file in files]  # of the first 64 MB
+    about = dict(weights=weights, settings=settings, ranking=ranking, dtype=o.dtype)
     file = Path(o.out) / "settings.json"
     with first_process_first():
         if not file.exists():
@@ -473,7 +490,7 @@ def run_tasks(model, jobs, read_times, o, given):
         elif json.loads(file.read_text()) != about:
             raise ValueError(f"{o.out} holds results of another model or with other options: choose another --out")
     eos_id = model.tokenizer.eot_token
-    tasks.run(model, jobs, Path(o.out), settings | dict(eos_id=eos_id), o.batch_size, rank)
+    tasks.run(model, jobs, Path(o.out), settings | dict(eos_id=eos_id), o.batch_size, ranking)
 
 
 def parse_time(text):

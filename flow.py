@@ -1,4 +1,4 @@
-"""Flow matching in latent space: the stage-2 loss, guidance and the ODE solvers.
+"""Flow matching in latent space: the stage-2 loss, guidance, the ODE solvers and the likelihood.
 
 Data sit at t = 0 and noise at t = 1 (several other libraries have it the other way round):
 
@@ -55,11 +55,11 @@ def velocity_error(dit, z0, z1, t, still=None):
     return (layout_velocity(dit, clean, zt, t, still) - (z1 - clean)).square().mean(-1)
 
 
-def layout_velocity(dit, clean, zt, t, still=None):
+def layout_velocity(dit, clean, zt, t, still=None, layout=None):
     """The velocity of all blocks of a sequence in one pass, each with its own clean history.  (B, n, d)
 
     clean (B, n, d): the finished latents; zt (B, n, d): every block on its way; t (B or 1,); still: bool (B, n), which
-    latents of zt are clean and have time 0.
+    latents of zt are clean and have time 0; layout: of `training_layout`, to use it again.
 
     Layout: [clean without its last block | zt], both at the same positions, so that every noisy block is predicted from
     exactly the clean history that the sampler's cache would hold; the last clean block is nobody's history."""
@@ -70,15 +70,17 @@ def layout_velocity(dit, clean, zt, t, still=None):
         torch.cat([clean[:, :n_clean], zt], dim=1),  # (B, n_clean + n, d)
         t=torch.stack([t, torch.zeros_like(t)], dim=1),
         time_index=F.pad(still, (n_clean, 0), value=1),  # 1: time 0, of all that is clean
-        layout=training_layout(n, n_clean, block_size, dit.rope, zt.device),
+        layout=layout or training_layout(n, block_size, dit.rope, zt.device),
     )
     return v[:, n_clean:]
 
 
-def training_layout(n, n_clean, block_size, rope, device, flex=None):
-    """The Layout of [clean | noisy], N = n_clean + n latents; rope: a function pos (1, N) -> table.
+def training_layout(n, block_size, rope, device, flex=None):
+    """The Layout of [clean | noisy] for n latents, N in all: the clean half lacks the last block.
+    rope: a function pos (1, N) -> table.
 
     flex: with a mask for FlexAttention; default on CUDA."""
+    n_clean = (n - 1) // block_size * block_size
     pos = torch.cat([torch.arange(n_clean), torch.arange(n)])[None]
     noisy = torch.arange(n_clean + n) >= n_clean
     block = pos // block_size
@@ -93,7 +95,7 @@ def guide(v_cond, v_uncond, cfg_scale):
 
 
 def solve(velocity, z, times, solver="euler"):
-    """Integrate dz/dt = velocity(z, i) along times[0] > times[1] > ... ; i is the index of the time in `times`.
+    """Integrate dz/dt = velocity(z, i) along `times`, down or up; i is the index of the time in `times`.
 
     z any shape.  `euler`: one evaluation a step.  `heun`: two, the mean of the slopes at both ends of the step
     (the last step of a run to t = 0 evaluates at 0 as well)."""
@@ -110,13 +112,17 @@ def log_prob(dit, clean, zt=None, start=0.0, steps=128, probe=None):
     """log p(zt | clean history) of every block at the time `start`, in nats, (B, n_blocks); no gradient.
 
     clean (B, n, d): the finished latents; zt (B, n, d): those whose density is asked for, default the finished ones.
-    Along the flow, d log p(z_t) / dt = -div v (section 7), so if zt comes from the noise z1,
+    Along the flow, d log p(z_t) / dt = -div v (the instantaneous change of variables, arXiv:1806.07366), so if zt comes
+    from the noise z1,
 
         log p(zt) = log N(z1; 0, I) + integral from start to 1 of div v dt.
 
     All blocks are solved at once, with `steps` steps of Heun's method, shortest near `start`, where densities of data
     are narrow.  probe (B, n, d) of random signs e: Hutchinson's unbiased estimate e^T J e of the divergence, with the
-    same e all along the way.  None: the exact divergence, which costs block_size * d times as much."""
+    same e all along the way.  None: the exact divergence, which costs block_size * d times as much.
+    Raises ValueError for steps below 1 or a start outside [0, 1)."""
+    if steps < 1 or not 0 <= start < 1:
+        raise ValueError(f"{steps} steps from time {start}: there must be at least 1, from a time in [0, 1)")
     block_size = dit.config.block_size
     B, n, d = clean.shape
     times = start + (1 - start) * torch.linspace(0, 1, steps + 1, device=clean.device) ** 2
@@ -126,12 +132,16 @@ def log_prob(dit, clean, zt=None, start=0.0, steps=128, probe=None):
     else:
         probes = [probe]
 
+    # Without FlexAttention, which would be compiled anew for every length and cannot be differentiated twice.
+    layout = training_layout(n, block_size, dit.rope, clean.device, flex=False)
+
     def velocity(state, i):  # state (B, n, d + 1): the latents and, in the last channel, the integral so far
         with torch.enable_grad():
             z = state[..., :d].detach().requires_grad_()
-            v = layout_velocity(dit, clean, z, times[i : i + 1])
+            v = layout_velocity(dit, clean, z, times[i : i + 1], layout=layout)
             # A block depends on no other noisy block: the Jacobian of all is made of each block's own.
-            div = sum((torch.autograd.grad(v, z, e, retain_graph=True)[0] * e).sum(-1) for e in probes)  # (B, n)
+            products = ((e, torch.autograd.grad(v, z, e, retain_graph=e is not probes[-1])[0]) for e in probes)
+            div = sum((e * product).sum(-1) for e, product in products)  # (B, n)
         return torch.cat([v.detach(), div[..., None]], dim=-1)
 
     state = solve(velocity, F.pad(clean if zt is None else zt, (0, 1)), times, "heun")

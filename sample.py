@@ -11,11 +11,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 import common
 from cola import ColaDLM
-from common import SamplingOptions, multiplies_bf16, option, parse_options, pick_device, run_script
+from common import DTYPES, SamplingOptions, option, parse_options, pick_device, run_script, weights_dtype
 from data import END_OF_TEXT
 
 PRETRAINED = Path(__file__).parent / "pretrained"  # the small model that comes with the repository
@@ -29,17 +27,16 @@ class Options(SamplingOptions):
     stop_at_eos: bool = option(True, "end a sample where the model ends its document")
     device: str = option("auto", "auto, cpu, cuda, mps")
     compile: bool = option(False, "compile a step of the solver: many samples come faster on a GPU, after a minute")
-    dtype: str = option("auto", "of the weights; auto: bf16 on CUDA, else fp32", choices=("auto", "fp32", "bf16"))
+    dtype: str = option("auto", "of the weights; auto: bf16 on CUDA, else fp32", choices=DTYPES)
 
 
 def main():
     o, _ = parse_options(Options, __doc__)
     device = common.join_processes(pick_device(o.device))
-    bf16 = o.dtype == "bf16" or (o.dtype == "auto" and device.type == "cuda" and multiplies_bf16(device))
     folder = o.model or ("runs/cola" if Path("runs/cola").exists() else PRETRAINED)
     if not o.model and common.rank() == 0:
         print(f"model: {folder}", file=sys.stderr)
-    model = ColaDLM.from_pretrained(folder, device, torch.bfloat16 if bf16 else torch.float32, with_tokenizer=True)
+    model = ColaDLM.from_pretrained(folder, device, weights_dtype(o.dtype, device), with_tokenizer=True)
     if o.compile:
         model.compile_sampler(**(dict(mode="reduce-overhead") if device.type == "cuda" else {}))
     settings = o.settings() | dict(eos_id=model.tokenizer.eot_token if o.stop_at_eos else None)

@@ -313,6 +313,9 @@ def run(model, jobs, out, settings, batch_size, ranking=None):
         file = out / f"{name}.jsonl"
         with first_process_first():
             done = finished(file)
+        for line in lines:
+            if any(done.get(line["id"], line).get(name) != value for name, value in line.items()):
+                raise ValueError(f"{file} answers another line with the id {line['id']!r}: choose another --out")
         todo = [line for line in lines if line["id"] not in done]
         prompts = {line["id"]: prompt_of(TASKS[name], line) for line in todo}
         todo.sort(key=lambda line: len(prompts[line["id"]]))  # the rows of a batch should be about equally long
@@ -362,7 +365,8 @@ def finished(file):
 
 
 def score_files(files, name, out):
-    """Score files of generations, named after their tasks unless `name` says which it is; print and write a summary."""
+    """Score files of generations, named after their tasks unless `name` says which it is; print a summary, and
+    write it if there is a folder `out`."""
     rows = []
     for file in map(Path, files):
         (task,) = names_of(name or file.stem)
@@ -372,7 +376,8 @@ def score_files(files, name, out):
         known = [line["correct"] == verdict(task, line)["correct"] for line in lines if "correct" in line]
         if known:
             print(f"{file}: {sum(known)} of {len(known)} verdicts in the file are the same")
-    write_summary(rows, out)
+    if out:
+        write_summary(rows, out)
     print_summary(rows)
 
 

@@ -86,12 +86,12 @@ def prior_loss(vae, dit, z, o, generator):
     return flow_matching_loss(dit, z0, z1, t, prompt)
 
 
-def frozen_loss(vae, dit, idx, o, generator):
+def frozen_loss(vae, dit, batch, o, generator):
     """Stage 2 with a frozen VAE: L_FM alone, on latents computed without gradient.  Returns (loss, terms).
 
-    idx (B, L), or what `cached_latents` has of it, (B, n, 2, d)."""
+    batch: tokens (B, L), or what `cached_latents` has of them, (B, n, 2, d)."""
     with torch.no_grad():
-        posterior = Posterior(*idx.float().unbind(2)) if idx.is_floating_point() else vae.encode(idx)
+        posterior = Posterior(*batch.float().unbind(2)) if batch.is_floating_point() else vae.encode(batch)
         z = posterior.sample(generator)
     return prior_loss(vae, dit, z, o, generator), {}
 
@@ -142,24 +142,31 @@ def config_of(o, vae):
 
 def cached_latents(vae, tokens, seq_len, file):
     """Posteriors of all windows of a corpus, one after the other, encoded once: mu and logvar in half precision in a
-    memory-mapped file, (windows, n, 2, d)."""
+    memory-mapped file, (windows, n, 2, d).  The windows are shared out over the processes."""
     starts = np.arange(0, len(tokens) - seq_len + 1, seq_len)
     shape = (len(starts), seq_len // vae.config.patch_size, 2, vae.config.latent_dim)
+    unfinished = file.with_name(file.name + ".tmp")
     if not file.exists():
-        with common.replacing(file) as temporary:
-            cache = np.memmap(temporary, np.float16, "w+", shape=shape)
-            for part in tqdm(np.array_split(np.arange(len(starts)), -(-len(starts) // 64)), desc="latents"):
-                idx = data.windows(tokens, starts[part], seq_len).to(next(vae.parameters()).device)
-                posterior = vae.encode(idx)
-                cache[part] = torch.stack([posterior.mu, posterior.logvar], dim=2).cpu().numpy()
-            cache.flush()
+        with common.first_process_first():
+            if common.rank() == 0:
+                np.memmap(unfinished, np.float16, "w+", shape=shape).flush()
+        cache = np.memmap(unfinished, np.float16, "r+", shape=shape)
+        parts = np.array_split(np.arange(len(starts)), -(-len(starts) // 64))[common.rank() :: common.n_processes()]
+        for part in tqdm(parts, desc="latents", disable=common.rank() > 0):
+            posterior = vae.encode(data.windows(tokens, starts[part], seq_len).to(next(vae.parameters()).device))
+            cache[part] = torch.stack([posterior.mu, posterior.logvar], dim=2).cpu().numpy()
+        cache.flush()
+        common.collect([])  # all are done
+        if common.rank() == 0:
+            unfinished.rename(file)
+        common.collect([])
     return np.memmap(file, np.float16, "r", shape=shape)
 
 
 def main():
     options, given = common.parse_options(Options, __doc__, PRESETS)
     if options.dry_run:
-        released = options.preset == "2b" and not Path(options.vae).exists()
+        released = options.preset == "2b" and "vae" not in given
         vae_config = VAEConfig() if released else load_vae_config(options.vae)
         return budget.report(options, vae_config, config_of(options, vae_config))
     run = common.Run(options, given)
@@ -178,12 +185,8 @@ def main():
     corpus = data.open_corpus(text, run.folder / "data", lambda: tokenizer, o.batch_size, o.seq_len, o.resume)
     data.check_same(corpus.tokenizer, tokenizer)
 
-    latents = None
-    if o.cache_latents:
-        if o.joint or not vae.config.use_variation:
-            raise ValueError("--cache-latents is for a frozen VAE with a variance: leave it out")
-        with common.first_process_first(), torch.no_grad(), amp:
-            latents = cached_latents(vae, corpus.train, o.seq_len, run.folder / "latents.bin")
+    if o.cache_latents and (o.joint or not vae.config.use_variation):
+        raise ValueError("--cache-latents is for a frozen VAE with a variance: leave it out")
 
     # What is trained, its moving average and its optimizer; new or as they were.
     torch.manual_seed(o.seed)
@@ -230,6 +233,10 @@ def main():
             save_vae(vae, run.folder)  # a frozen VAE and the tokenizer stay as they are
             data.save_tokenizer(tokenizer, run.folder / "tokenizer.json")
         save(0)  # from here on --resume finds all it needs
+    latents = None
+    if o.cache_latents:
+        with torch.no_grad(), amp:
+            latents = cached_latents(vae, corpus.train, o.seq_len, run.folder / "latents.bin")
     tokens_per_step = o.batch_size * o.seq_len
     with common.progress_bar(first_step, o.steps, tokens_per_step) as bar:
         for step in range(first_step, o.steps):

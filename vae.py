@@ -278,7 +278,8 @@ class Posterior:
         return self.at(torch.randn(self.mu.shape, generator=generator, device=self.mu.device))
 
     def at(self, eps):
-        return self.mu + torch.exp(0.5 * self.logvar) * eps
+        """mu + sigma * eps, or mu if there is no variance."""
+        return self.mu if self.logvar is None else self.mu + torch.exp(0.5 * self.logvar) * eps
 
     def log_prob(self, z):
         """log q(z | x) in nats per latent.  (B, n)"""

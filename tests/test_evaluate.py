@@ -164,18 +164,23 @@ def test_report(trained, monkeypatch, capsys):
             assert values.isfinite().all() and errors.isfinite().all() and (errors >= 0).all()
     prior, likelihood = report["sections"]["prior fit"], report["sections"]["likelihood"]
     assert len(prior["loss by time t"]["value"]) == 10
-    assert likelihood["t = 0.0: IWAE-2"]["value"] < likelihood["t = 0.0: ELBO"]["value"]
+    assert likelihood["t = 0.0: IWAE-2, no bound"]["value"] < likelihood["t = 0.0: ELBO"]["value"]
     terms = [likelihood[f"t = 0.5: log-density of {part}"]["value"] for part in ("decoder", "prior", "posterior")]
     elbo = likelihood["t = 0.5: ELBO perplexity"]["value"]
     assert math.log(elbo) == pytest.approx(-(terms[0] + terms[1] - terms[2]), rel=1e-4)
 
 
-def test_generated_latents_belong_to_the_texts(trained):
+def test_generated_latents_belong_to_the_tokens(trained):
+    """Also where the prompt ends inside a block: what the decoder makes of the latents are the new tokens."""
     model = ColaDLM.from_pretrained(trained / "runs/cola")
-    latents, texts = evaluate.generated(model, 3, 16, dict(steps=2, cfg_scale=1.0))
-    assert latents.shape == (3, 16, 4) and len(texts) == 3
-    new = model.generate([[model.tokenizer.eot_token]] * 3, max_new_tokens=16, steps=2, cfg_scale=1.0)
-    assert texts == [evaluate.judge.text_of(model.tokenizer, row) for row in new]
+    assert model.vae.config.block_size == 4
+    for length in (8, 6):
+        prompts = [[5] * length, [7] * length]
+        latents, rows = evaluate.generated(model, prompts, max_new_tokens=10, steps=2, cfg_scale=1.0)
+        assert latents.shape == (2, 10, 4) and rows == model.generate(prompts, max_new_tokens=10, steps=2, cfg_scale=1.0)
+        history = model.vae.encode(torch.tensor([row + [model.vae.config.vocab_size - 1] * 2 for row in prompts])).mu
+        logits = model.vae.decode(torch.cat([history[:, :length], latents], 1))
+        assert logits.argmax(-1)[:, length : length + 2].tolist() == [row[:2] for row in rows]
 
 
 def test_tasks_resume_and_do_not_depend_on_batches(trained, tmp_path, monkeypatch, capsys):
@@ -218,7 +223,7 @@ def test_ranking_by_likelihood(trained, tmp_path, monkeypatch):
     assert row["generate"] == ["x", "y z"][row["scores"].index(max(row["scores"]))]
     model = ColaDLM.from_pretrained(trained / "runs/cola")
     prompt = row["prompt"]
-    wanted = model.conditional_log_prob([prompt] * 2, [" x", " y z"], steps=2, read_time=0.4, row_ids=[1, 1])
+    wanted = model.conditional_log_prob([prompt] * 2, [" x", " y z"], steps=2, row_ids=[1, 1])
     assert row["scores"] == pytest.approx(wanted.tolist(), abs=1e-3)
 
 
@@ -259,6 +264,16 @@ def test_mistakes(trained, text, tmp_path, monkeypatch, capsys, arguments, messa
     error = capsys.readouterr().err
     assert stop.value.code == 2
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_other_lines_do_not_mix_with_earlier_results(trained, tmp_path, monkeypatch):
+    start = f"--model {trained}/runs/cola --tasks lambada --max-new-tokens 4 {QUICK} --out out"
+    for answer in ("b", "c"):
+        write(tmp_path / "benchmarks" / "lambada.jsonl", [dict(id=1, context="a", answer=answer)])
+        if answer == "b":
+            call(evaluate.main, start, monkeypatch, tmp_path)
+    with pytest.raises(ValueError, match="answers another line with the id 1"):
+        call(evaluate.main, start, monkeypatch, tmp_path)
 
 
 def test_other_options_do_not_mix_with_earlier_results(trained, tmp_path, monkeypatch):

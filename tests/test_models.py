@@ -92,7 +92,7 @@ def test_no_position_sees_a_later_block():
 def test_training_layout_leaks_nothing():
     """A clean latent reaches the noisy blocks after its own, a noisy latent its own block only."""
     dit, n, n_clean = small_dit(), 3 * BLOCK, 2 * BLOCK
-    layout = training_layout(n, n_clean, BLOCK, dit.rope, torch.device("cpu"))
+    layout = training_layout(n, BLOCK, dit.rope, torch.device("cpu"))
     time_index = F.pad(torch.zeros(1, n, dtype=torch.long), (n_clean, 0), value=1)
 
     def noisy_half(x):
@@ -206,10 +206,10 @@ def test_flex_attention_is_the_same_computation():
     dit, n, n_clean = small_dit().requires_grad_(False), 10, 2 * BLOCK
     z, t = torch.randn(2, n_clean + n, d), torch.tensor([[0.5, 0.0]])
     index = (torch.arange(n_clean + n) < n_clean)[None].long()
-    layouts = [training_layout(n, n_clean, BLOCK, dit.rope, z.device, flex) for flex in (False, True)]
+    layouts = [training_layout(n, BLOCK, dit.rope, z.device, flex) for flex in (False, True)]
     dense, flex = (dit(z, t, index, layout=layout) for layout in layouts)
     torch.testing.assert_close(flex, dense)
-    same = training_layout(n, n_clean, BLOCK, dit.rope, z.device, True)
+    same = training_layout(n, BLOCK, dit.rope, z.device, True)
     assert same.mask is layouts[1].mask  # made once per shape
 
 
