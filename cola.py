@@ -312,7 +312,8 @@ class ColaDLM(nn.Module):
         rows, their_ids = [list(ids) for ids, _ in prompts], [row_id for _, row_id in prompts]
         log_p = self.log_prob(whole + rows, n_samples, row_ids=row_ids + their_ids, **options)
         of_prompt = dict(zip(prompts, log_p[len(whole) :], strict=True))
-        return log_p[: len(whole)] - torch.stack([of_prompt[key] for key in zip(map(tuple, before), row_ids, strict=True)])
+        of_rows = [of_prompt[key] for key in zip(map(tuple, before), row_ids, strict=True)]
+        return log_p[: len(whole)] - torch.stack(of_rows)
 
     @torch.no_grad()
     def log_weights(self, ids, n_samples=1, steps=128, read_time=0.0, exact=False, pad_id=None, seed=0, row_ids=None):

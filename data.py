@@ -136,15 +136,21 @@ def pydoc_documents():
 
 @functools.cache
 def docstring_summaries():
-    """A list of sentences like "Return a copy of the graph.": the first paragraphs of docstrings, each but once.
+    """A list of sentences like "Return a copy of the graph.": what docstrings say first, each but once.
 
-    Of the standard library and of four packages that come with requirements.txt (two of them with torch)."""
+    Of the standard library and of four packages that come with requirements.txt, two of them by way of torch."""
     packages = [importlib.util.find_spec(name) for name in ("torch", "numpy", "sympy", "networkx")]
     folders = [Path(sysconfig.get_path("stdlib"))] + [Path(spec.origin).parent for spec in packages if spec]
-    texts = (text for folder in folders for text in docstrings(folder))
-    paragraphs = (text.split("\n\n")[0] for text in texts)
-    sentences = (" ".join(paragraph.split()) for paragraph in paragraphs if "\n " not in paragraph)  # no tables
-    return list(dict.fromkeys(text for text in sentences if re.fullmatch(r"[A-Z][^>]*\.", text)))
+    return list(dict.fromkeys(summaries(text for folder in folders for text in docstrings(folder))))
+
+
+def summaries(texts):
+    """Yield the first paragraph of each text on one line, if it is prose: nothing indented, from a capital to a period."""
+    for text in texts:
+        paragraph = text.split("\n\n")[0]
+        line = " ".join(paragraph.split())
+        if "\n " not in paragraph and re.fullmatch(r"[A-Z][^>]*\.", line):
+            yield line
 
 
 # Kinds of characters that are numbered, or named by a rule, hundreds or thousands at a time.
@@ -508,7 +514,7 @@ class Options:
     out: str = option("tokens", "folder for train.bin, val.bin and tokenizer.json")
     tokenizer: str = option("bpe", "bpe (trained on the text), a tokenizer.json, or a tiktoken name (cl100k_base)")
     vocab_size: int = option(512, "size of a trained vocabulary", low=258)
-    data: tuple = option(("names",), "text files, folders, .jsonl, or what ships with Python: names or pydoc")
+    data: tuple = option(("names",), "text files, folders, .jsonl, or what comes with Python: names, pydoc, summaries")
 
 
 def main():

@@ -1,6 +1,6 @@
 """Stage 1: train the Text VAE (Eq. 2.2.1).
 
-    python train_vae.py                              # names of Unicode characters, half a minute on a CPU
+    python train_vae.py                              # names of Unicode characters, seconds on a CPU
     python train_vae.py --data my_texts/ --out runs/mine
     python train_vae.py --resume                     # go on where a run was interrupted
     torchrun --nproc_per_node=8 train_vae.py         # on 8 devices; with --fsdp, the model is shared out over them
@@ -21,7 +21,7 @@ from vae import TextVAE, VAEConfig, token_accuracy, vae_loss
 @dataclass
 class Options(common.TrainingOptions):  # which adds seed, device, resume and the like
     # data
-    data: tuple = option(("names",), "text files, folders, .jsonl, a folder made by data.py, or names or pydoc")
+    data: tuple = option(("names",), "text files, folders, .jsonl, what data.py made, or names, pydoc or summaries")
     tokenizer: str = option("bpe", "bpe (trained on the text), a tokenizer.json, or a tiktoken name (cl100k_base)")
     vocab_size: int = option(512, "size of a trained vocabulary", low=258)
     # model

@@ -111,6 +111,19 @@ def test_unknown_tokenizer_name():
         data.load_tokenizer("no-such-tokenizer")
 
 
+def test_docstring_summaries(tmp_path):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "a.py").write_text('"""Not this one."""')
+    (tmp_path / "broken.py").write_text("def")
+    module = '"""A module that\ndoes things.\n\nMore."""\n'
+    function, table = 'def f():\n    """f(x) -> y"""\n', 'class C:\n    """Shows\n        a table."""'
+    (tmp_path / "b.py").write_text(module + function + table)
+    texts = list(data.docstrings(tmp_path))
+    assert len(texts) == 3
+    assert list(data.summaries(texts)) == ["A module that does things."]
+    assert data.BUILT_IN["summaries"] is data.docstring_summaries
+
+
 @pytest.mark.parametrize("name", ["names", "pydoc"])
 def test_built_in_text_is_split_by_document(tmp_path, name):
     corpus = prepare([name], 512, tmp_path)

@@ -177,7 +177,8 @@ def test_generated_latents_belong_to_the_tokens(trained):
     for length in (8, 6):
         prompts = [[5] * length, [7] * length]
         latents, rows = evaluate.generated(model, prompts, max_new_tokens=10, steps=2, cfg_scale=1.0)
-        assert latents.shape == (2, 10, 4) and rows == model.generate(prompts, max_new_tokens=10, steps=2, cfg_scale=1.0)
+        assert latents.shape == (2, 10, 4)
+        assert rows == model.generate(prompts, max_new_tokens=10, steps=2, cfg_scale=1.0)
         history = model.vae.encode(torch.tensor([row + [model.vae.config.vocab_size - 1] * 2 for row in prompts])).mu
         logits = model.vae.decode(torch.cat([history[:, :length], latents], 1))
         assert logits.argmax(-1)[:, length : length + 2].tolist() == [row[:2] for row in rows]
