@@ -145,7 +145,7 @@ def docstring_summaries():
 
 
 def summaries(texts):
-    """Yield the first paragraph of each text on one line, if it is prose: nothing indented, from a capital to a period."""
+    """Yield the first paragraph of each text as one line if it is prose: from a capital to a period, not indented."""
     for text in texts:
         paragraph = text.split("\n\n")[0]
         line = " ".join(paragraph.split())

@@ -116,7 +116,7 @@ def test_docstring_summaries(tmp_path):
     (tmp_path / "tests" / "a.py").write_text('"""Not this one."""')
     (tmp_path / "broken.py").write_text("def")
     module = '"""A module that\ndoes things.\n\nMore."""\n'
-    function, table = 'def f():\n    """f(x) -> y"""\n', 'class C:\n    """Shows\n        a table."""'
+    function, table = 'def f():\n    """f(x) -> y"""\n', 'class C:\n    """Shows:\n    one\n        two."""'
     (tmp_path / "b.py").write_text(module + function + table)
     texts = list(data.docstrings(tmp_path))
     assert len(texts) == 3
