@@ -1,4 +1,4 @@
-"""What the scripts share: command line, device and precision, processes, optimizer and schedule, run folders.
+"""What the scripts share: command line, device and precision, optimizer and schedule, run folders.
 
 Nothing in here knows about the model."""
 
@@ -11,15 +11,14 @@ import pickle
 import re
 import sys
 import time
-import warnings
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 from tqdm import tqdm
+
+from processes import gather, n_processes, rank, shard_like, under_torchrun
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Command line: one dataclass a script is the only home of its options, defaults, ranges and help
@@ -199,141 +198,6 @@ def uses_bf16(device, precision):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Processes: torchrun starts one for each device and numbers them; without it there is one, number 0
-#
-# The first process alone writes and prints.  Where something is said to be collective, all must take part.
-
-
-def under_torchrun():
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def rank():
-    """The number of this process."""
-    return int(os.environ["RANK"]) if under_torchrun() else 0
-
-
-def n_processes():
-    return int(os.environ["WORLD_SIZE"]) if under_torchrun() else 1
-
-
-def join_processes(device):
-    """Wait until all processes are here, and return the device of this one.  Raises ValueError if it has none."""
-    if not under_torchrun():
-        return device
-    if device.type == "cuda":
-        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
-        torch.cuda.set_device(device)
-    elif device.type != "cpu":
-        raise ValueError(f"torchrun works with cuda and cpu only: --device {device.type} takes one process")
-    backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-    dist.init_process_group(backend, timeout=timedelta(hours=2), device_id=device_id)  # tokenizing may take long
-    dist.barrier()
-    if rank() > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    return device
-
-
-@contextmanager
-def first_process_first():
-    """The other processes enter after the first has left."""
-    if rank() > 0:
-        dist.barrier()
-    yield
-    if under_torchrun() and rank() == 0:
-        dist.barrier()
-
-
-class Objective(nn.Module):
-    """A loss as the forward pass of a module, for it is there that DDP and FSDP act.
-
-    models: what is trained.  loss(models, idx, generator) -> (loss, terms)."""
-
-    def __init__(self, models, loss):
-        super().__init__()
-        self.models, self.loss = models, loss
-
-    def forward(self, idx, generator):
-        return self.loss(self.models, idx, generator)
-
-
-def distribute(objective, groups, o, device):
-    """The objective as this process trains it: alone, as one of equal copies (DDP) or, with --fsdp, keeping one part of
-    every parameter, gradient and optimizer state.
-
-    groups: the modules, or lists of modules, whose weights FSDP gathers together just before their forward pass; the
-    rest goes with the objective.  In bfloat16 it gathers the copies that autocast would make anyway; autocast makes
-    none of LayerNorms, and rounded they would move the latents."""
-    if not under_torchrun():
-        return objective
-    if not o.fsdp:
-        return nn.parallel.DistributedDataParallel(objective, gradient_as_bucket_view=True)  # one copy of gradients
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    warnings.filterwarnings("ignore", ".*returned a view tensor")  # which matters to those who write into it
-    mesh = init_device_mesh(device.type, (n_processes(),))
-    fp32 = policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # positions need all their digits
-    if uses_bf16(device, o.precision):
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-        for norm in [m for m in objective.modules() if isinstance(m, nn.LayerNorm) and m.elementwise_affine]:
-            fully_shard(norm, mesh=mesh, mp_policy=fp32)
-    for group in [*groups, objective]:
-        fully_shard(group, mesh=mesh, mp_policy=policy)
-    return objective
-
-
-def shard_like(value, param):
-    """This process's part of the optimizer's whole tensor `value` that belongs to a parameter, if that is sharded."""
-    if not hasattr(param, "full_tensor") or value.shape != param.shape:
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
-
-
-def gather(state):
-    """A state dict with whole tensors in place of sharded ones, on the CPU of the first process.  Collective."""
-    if isinstance(state, dict):
-        return {name: gather(value) for name, value in state.items()}
-    if not hasattr(state, "full_tensor"):
-        return state
-    whole = state.full_tensor()  # one at a time
-    return whole.cpu() if rank() == 0 else None
-
-
-def whole(model):
-    """The model itself or, if it is sharded, a copy on the CPU, with weights in the first process only.  Collective."""
-    if not any(hasattr(p, "full_tensor") for p in model.parameters()):
-        return model
-    with torch.device("meta"):
-        copy = type(model)(model.config)
-    state = gather(model.state_dict())
-    if rank() == 0:
-        copy.load_state_dict(state, assign=True)
-    return copy
-
-
-def parts_of_batch(idx, passes, seed, step):
-    """Yield the parts of the global batch idx (B, L) that are this process's, one for each of its passes, and a
-    generator for each.
-
-    A part is known by its number alone: 2 processes with 1 pass do what 1 process with 2 passes does."""
-    first, parts = rank() * passes, idx.chunk(n_processes() * passes)
-    for number in range(first, first + passes):
-        yield parts[number], step_generator(seed, step, idx.device, number)
-
-
-def collect(items):
-    """All items, of which each process holds every n-th, from its number on.  Collective."""
-    shares = [items]
-    if under_torchrun():
-        shares = [None] * n_processes()
-        dist.all_gather_object(shares, items)
-    return [shares[i % len(shares)][i // len(shares)] for i in range(sum(map(len, shares)))]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Optimizer and schedule
 
 
@@ -414,6 +278,16 @@ def progress_bar(first_step, steps, tokens_per_step):
     """Tokens a second, time left, and what `Run.record` adds."""
     first, last = first_step * tokens_per_step, steps * tokens_per_step
     return tqdm(initial=first, total=last, unit="tok", unit_scale=True, disable=rank() > 0)
+
+
+def parts_of_batch(idx, passes, seed, step):
+    """Yield the parts of the global batch idx (B, L) that are this process's, one for each of its passes, and a
+    generator for each.
+
+    A part is known by its number alone: 2 processes with 1 pass do what 1 process with 2 passes does."""
+    first, parts = rank() * passes, idx.chunk(n_processes() * passes)
+    for number in range(first, first + passes):
+        yield parts[number], step_generator(seed, step, idx.device, number)
 
 
 def step_generator(seed, step, device, part=0):

@@ -28,7 +28,8 @@ import numpy as np
 import tiktoken
 import torch
 
-from common import check_new, first_process_first, n_processes, option, parse_options, rank, replacing, run_script
+from common import check_new, option, parse_options, replacing, run_script
+from processes import first_process_first, n_processes, rank
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Documents

@@ -30,9 +30,6 @@ from common import (
     DTYPES,
     SamplingOptions,
     check_new,
-    first_process_first,
-    join_processes,
-    n_processes,
     option,
     parse_options,
     pick_device,
@@ -41,6 +38,7 @@ from common import (
     weights_dtype,
 )
 from flow import layout_velocity, solve, velocity_error
+from processes import first_process_first, join_processes, n_processes
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Figures

@@ -11,10 +11,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import common
 from cola import ColaDLM
 from common import DTYPES, SamplingOptions, option, parse_options, pick_device, run_script, weights_dtype
 from data import END_OF_TEXT
+from processes import collect, join_processes, n_processes, rank
 
 PRETRAINED = Path(__file__).parent / "pretrained"  # the small model that comes with the repository
 
@@ -32,9 +32,9 @@ class Options(SamplingOptions):
 
 def main():
     o, _ = parse_options(Options, __doc__)
-    device = common.join_processes(pick_device(o.device))
+    device = join_processes(pick_device(o.device))
     folder = o.model or ("runs/cola" if Path("runs/cola").exists() else PRETRAINED)
-    if not o.model and common.rank() == 0:
+    if not o.model and rank() == 0:
         print(f"model: {folder}", file=sys.stderr)
     model = ColaDLM.from_pretrained(folder, device, weights_dtype(o.dtype, device), with_tokenizer=True)
     if o.compile:
@@ -48,8 +48,8 @@ def main():
             print(piece, end="", flush=True)
         print()
     else:
-        rows = range(common.rank(), len(prompts), common.n_processes())  # of this process; each has noise of its own
-        texts = common.collect(model.generate([after[i] for i in rows], row_ids=rows, **settings))
+        rows = range(rank(), len(prompts), n_processes())  # of this process; each has noise of its own
+        texts = collect(model.generate([after[i] for i in rows], row_ids=rows, **settings))
         for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
             print(f"--- sample {i + 1}\n{prompt}{text}")
 

@@ -22,8 +22,9 @@ from string import Formatter
 
 from tqdm import tqdm
 
-from common import collect, first_process_first, n_processes, rank, replacing
+from common import replacing
 from data import numbered_objects
+from processes import collect, first_process_first, n_processes, rank
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Prompts

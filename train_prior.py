@@ -19,6 +19,7 @@ from tqdm import tqdm
 import budget
 import common
 import data
+import processes
 from cola import find_tokenizer, load_vae, load_vae_config, save_dit, save_vae
 from common import option
 from dit import DiT, DiTConfig
@@ -147,19 +148,19 @@ def cached_latents(vae, tokens, seq_len, file):
     shape = (len(starts), seq_len // vae.config.patch_size, 2, vae.config.latent_dim)
     unfinished = file.with_name(file.name + ".tmp")
     if not file.exists():
-        with common.first_process_first():
-            if common.rank() == 0:
+        with processes.first_process_first():
+            if processes.rank() == 0:
                 np.memmap(unfinished, np.float16, "w+", shape=shape).flush()
         cache = np.memmap(unfinished, np.float16, "r+", shape=shape)
-        parts = np.array_split(np.arange(len(starts)), -(-len(starts) // 64))[common.rank() :: common.n_processes()]
-        for part in tqdm(parts, desc="latents", disable=common.rank() > 0):
+        parts = np.array_split(np.arange(len(starts)), -(-len(starts) // 64))
+        for part in tqdm(parts[processes.rank() :: processes.n_processes()], desc="latents", disable=processes.rank() > 0):
             posterior = vae.encode(data.windows(tokens, starts[part], seq_len).to(next(vae.parameters()).device))
             cache[part] = torch.stack([posterior.mu, posterior.logvar], dim=2).cpu().numpy()
         cache.flush()
-        common.collect([])  # all are done
-        if common.rank() == 0:
+        processes.collect([])  # all are done
+        if processes.rank() == 0:
             unfinished.rename(file)
-        common.collect([])
+        processes.collect([])
     return np.memmap(file, np.float16, "r", shape=shape)
 
 
@@ -170,7 +171,7 @@ def main():
         vae_config = VAEConfig() if released else load_vae_config(options.vae)
         return budget.report(options, vae_config, config_of(options, vae_config))
     run = common.Run(options, given)
-    o, device = run.options, common.join_processes(common.pick_device(options.device))
+    o, device = run.options, processes.join_processes(common.pick_device(options.device))
     amp = common.autocast(device, o.precision)
 
     # The VAE, and text in its tokens.
@@ -209,9 +210,13 @@ def main():
             return joint_loss(models.vae, vae, models.dit, idx, o, generator)
         return frozen_loss(vae, models.dit, idx, o, generator)
 
-    objective = common.distribute(common.Objective(trained, batch_loss), fsdp_groups(trained), o, device)
+    def distributed(models):
+        objective, bf16 = processes.Objective(models, batch_loss), common.uses_bf16(device, o.precision)
+        return processes.distribute(objective, fsdp_groups(models), device, o.fsdp, bf16)
+
+    objective = distributed(trained)
     if o.fsdp:  # the average is kept in the same parts
-        common.distribute(common.Objective(ema, batch_loss), fsdp_groups(ema), o, device)
+        distributed(ema)
     lr_ratios = dict(dit=1.0, vae=o.vae_lr_ratio)
     parts = [(part, lr_ratios[name]) for name, part in trained.items()]
     states["optimizer"] = optimizer = common.make_optimizer(parts, o.optimizer, o.weight_decay)
@@ -222,14 +227,14 @@ def main():
 
     def save(step):
         run.save(step, **states)
-        average = {name: common.whole(model) for name, model in ema.items()}
-        if common.rank() == 0:
+        average = {name: processes.whole(model) for name, model in ema.items()}
+        if processes.rank() == 0:
             save_dit(average["dit"], run.folder)
             if o.joint:
                 save_vae(average["vae"], run.folder)
 
     if not o.resume:
-        if common.rank() == 0:
+        if processes.rank() == 0:
             save_vae(vae, run.folder)  # a frozen VAE and the tokenizer stay as they are
             data.save_tokenizer(tokenizer, run.folder / "tokenizer.json")
         save(0)  # from here on --resume finds all it needs
@@ -261,14 +266,14 @@ def main():
             if (step + 1) % o.save_every == 0 or step + 1 == o.steps:
                 save(step + 1)
 
-    average = {name: common.whole(model) for name, model in ema.items()}
-    if common.rank() > 0:
+    average = {name: processes.whole(model) for name, model in ema.items()}
+    if processes.rank() > 0:
         return
     dit, vae = average["dit"].to(device), average.get("vae", vae).to(device)
     held_out = data.even_batch(corpus.val, EVAL_SEQUENCES, o.seq_len).to(device)
     generator = common.step_generator(o.seed, 0, device)
     with torch.no_grad(), amp:
-        parts = held_out.split(o.batch_size // (o.passes * common.n_processes()))
+        parts = held_out.split(o.batch_size // (o.passes * processes.n_processes()))
         loss = sum(frozen_loss(vae, dit, part, o, generator)[0] * len(part) for part in parts) / len(held_out)
     print(f"flow-matching loss on {held_out.numel():,} held-out tokens: {loss.item():.4f}")
     print(f"the model is in {run.folder}; next: python sample.py --model {run.folder}")

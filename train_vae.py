@@ -13,6 +13,7 @@ import torch
 import budget
 import common
 import data
+import processes
 from cola import find_tokenizer, save_vae
 from common import option
 from vae import TextVAE, VAEConfig, token_accuracy, vae_loss
@@ -74,7 +75,7 @@ def main():
     if options.dry_run:
         return budget.report(options, config_of(options))
     run = common.Run(options, given)
-    o, device = run.options, common.join_processes(common.pick_device(options.device))
+    o, device = run.options, processes.join_processes(common.pick_device(options.device))
     amp = common.autocast(device, o.precision)
 
     # Text, tokens, tokenizer.
@@ -102,7 +103,8 @@ def main():
         return vae_loss(vae, idx, o.beta, o.mask_weight, o.mask_ratio, o.decoder_noise, generator)
 
     blocks = [*vae.encoder.blocks, *vae.decoder.blocks]
-    objective = common.distribute(common.Objective(vae, batch_loss), blocks, o, device)
+    bf16 = common.uses_bf16(device, o.precision)
+    objective = processes.distribute(processes.Objective(vae, batch_loss), blocks, device, o.fsdp, bf16)
     optimizer = common.make_optimizer([(vae, 1.0)], o.optimizer, o.weight_decay)
     if o.resume:
         run.restore(optimizer=optimizer)
@@ -112,12 +114,12 @@ def main():
 
     def save(step):
         run.save(step, vae=vae, optimizer=optimizer)
-        whole = common.whole(vae)
-        if common.rank() == 0:
+        whole = processes.whole(vae)
+        if processes.rank() == 0:
             save_vae(whole, run.folder)
 
     if not o.resume:
-        if common.rank() == 0:
+        if processes.rank() == 0:
             data.save_tokenizer(corpus.tokenizer, run.folder / "tokenizer.json")
         save(0)  # from here on --resume finds all it needs
     tokens_per_step = o.batch_size * o.seq_len
@@ -140,12 +142,12 @@ def main():
             if (step + 1) % o.save_every == 0 or step + 1 == o.steps:
                 save(step + 1)
 
-    vae = common.whole(vae)
-    if common.rank() > 0:
+    vae = processes.whole(vae)
+    if processes.rank() > 0:
         return
     vae = vae.to(device)
     held_out = data.even_batch(corpus.val, EVAL_SEQUENCES, o.seq_len).to(device)
-    parts = held_out.split(o.batch_size // (o.passes * common.n_processes()))
+    parts = held_out.split(o.batch_size // (o.passes * processes.n_processes()))
     accuracy = sum(token_accuracy(vae, part) * len(part) for part in parts) / len(held_out)
     print(f"reconstruction: {100 * accuracy:.2f} % of {held_out.numel():,} held-out tokens")
     text = "" if data.is_prepared(run.folder / "data") else f" --data {o.data[0]}"
