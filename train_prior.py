@@ -152,13 +152,14 @@ def cached_latents(vae, tokens, seq_len, file):
             if processes.rank() == 0:
                 np.memmap(unfinished, np.float16, "w+", shape=shape).flush()
         cache = np.memmap(unfinished, np.float16, "r+", shape=shape)
-        parts = np.array_split(np.arange(len(starts)), -(-len(starts) // 64))
-        for part in tqdm(parts[processes.rank() :: processes.n_processes()], desc="latents", disable=processes.rank() > 0):
-            posterior = vae.encode(data.windows(tokens, starts[part], seq_len).to(next(vae.parameters()).device))
+        rank, parts = processes.rank(), np.array_split(np.arange(len(starts)), -(-len(starts) // 64))
+        for part in tqdm(parts[rank :: processes.n_processes()], desc="latents", disable=rank > 0):
+            idx = data.windows(tokens, starts[part], seq_len).to(next(vae.parameters()).device)
+            posterior = vae.encode(idx)
             cache[part] = torch.stack([posterior.mu, posterior.logvar], dim=2).cpu().numpy()
         cache.flush()
         processes.collect([])  # all are done
-        if processes.rank() == 0:
+        if rank == 0:
             unfinished.rename(file)
         processes.collect([])
     return np.memmap(file, np.float16, "r", shape=shape)
