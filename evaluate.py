@@ -25,7 +25,8 @@ from tqdm import tqdm
 import data
 import judge
 import tasks
-from cola import ColaDLM, weight_files
+from checkpoint import weight_files
+from cola import ColaDLM
 from common import (
     DTYPES,
     SamplingOptions,

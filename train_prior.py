@@ -20,7 +20,7 @@ import budget
 import common
 import data
 import processes
-from cola import find_tokenizer, load_vae, load_vae_config, save_dit, save_vae
+from checkpoint import find_tokenizer, load_vae, load_vae_config, save_dit, save_vae
 from common import option
 from dit import DiT, DiTConfig
 from flow import flow_matching_loss, sample_times, simulated_prompts

@@ -14,7 +14,7 @@ import budget
 import common
 import data
 import processes
-from cola import find_tokenizer, save_vae
+from checkpoint import find_tokenizer, save_vae
 from common import option
 from vae import TextVAE, VAEConfig, token_accuracy, vae_loss
 

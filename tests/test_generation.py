@@ -12,7 +12,7 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from test_models import BLOCK, V, d, small_dit, small_vae
 
-import cola
+import checkpoint
 import data
 from cola import ColaDLM, Writer, pick_tokens
 from dit import DiT, DiTConfig
@@ -77,13 +77,13 @@ def test_a_compiled_step_is_the_same_computation(prompts):
 MEASURE_LOADING = """
 import re, sys, torch
 from pathlib import Path
-import cola
+import checkpoint
 status = Path("/proc/self/status")
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", status.read_text())[1])
-cola.load_dit(sys.argv[1])  # a small one, so that all is imported
+checkpoint.load_dit(sys.argv[1])  # a small one, so that all is imported
 Path("/proc/self/clear_refs").write_text("5")  # forget the peak
 before = peak()
-dit = cola.load_dit(sys.argv[2], dtype=getattr(torch, sys.argv[3]))
+dit = checkpoint.load_dit(sys.argv[2], dtype=getattr(torch, sys.argv[3]))
 for p in dit.parameters():
     p.sum()
 print(peak() - before)
@@ -94,8 +94,8 @@ print(peak() - before)
 @pytest.mark.parametrize("dtype, limit", [("float32", 1.2), ("bfloat16", 0.8)])
 def test_loading_holds_one_copy(tmp_path, dtype, limit):
     """Peak memory over the size of the file: of weights as stored, and of weights that are converted to half of it."""
-    cola.save_dit(small_dit(), tmp_path / "small")
-    cola.save_dit(DiT(DiTConfig(dim=512, n_head=4, n_layer=4)), tmp_path / "large")
+    checkpoint.save_dit(small_dit(), tmp_path / "small")
+    checkpoint.save_dit(DiT(DiTConfig(dim=512, n_head=4, n_layer=4)), tmp_path / "large")
     size = (tmp_path / "large" / "cola_dit" / "model.safetensors").stat().st_size
     command = [sys.executable, "-c", MEASURE_LOADING, str(tmp_path / "small"), str(tmp_path / "large"), dtype]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import cola
+import checkpoint
 import vae
+from cola import ColaDLM
 from dit import DiT, DiTConfig
 from flow import flow_matching_loss, sample_times, simulated_prompts, solve, training_layout
 from vae import Layout, Posterior, TextVAE, VAEConfig, block_mask, vae_loss
@@ -258,16 +259,16 @@ def test_vae_options_survive_a_round_trip(tmp_path, post_norm, qk_norm, bias, qk
     assert ("encoder.blocks.0.q_norm.weight" in names) == qk_norm
     assert ("encoder.blocks.0.qkv_proj.bias" in names) == qk_bias
     assert ("decoder.final_layer.bias" in names) == bias
-    cola.save_vae(vae, tmp_path)
-    loaded = cola.load_vae(tmp_path)
+    checkpoint.save_vae(vae, tmp_path)
+    loaded = checkpoint.load_vae(tmp_path)
     assert loaded.config == vae.config
     torch.testing.assert_close(loaded.decode(loaded.encode(idx).mu), vae.decode(vae.encode(idx).mu))
 
 
 def test_dit_options_survive_a_round_trip(tmp_path):
     dit, z = small_dit(qk_bias=True, norm_eps=1e-3, mlp_ratio=2), torch.randn(1, 8, d)
-    cola.save_dit(dit, tmp_path)
-    torch.testing.assert_close(cola.load_dit(tmp_path)(z, torch.tensor([0.5])), dit(z, torch.tensor([0.5])))
+    checkpoint.save_dit(dit, tmp_path)
+    torch.testing.assert_close(checkpoint.load_dit(tmp_path)(z, torch.tensor([0.5])), dit(z, torch.tensor([0.5])))
 
 
 def test_pre_norm_block_is_the_ordinary_one():
@@ -335,11 +336,11 @@ def test_vae_loss_without_noise_is_the_sum_of_its_terms():
 def test_unsupported_options_are_refused(tmp_path, part, key, value):
     import json
 
-    cola.ColaDLM(small_vae(), small_dit()).save_pretrained(tmp_path)
+    ColaDLM(small_vae(), small_dit()).save_pretrained(tmp_path)
     file = tmp_path / part / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
     with pytest.raises(ValueError, match=f"{key} = {value} is not supported"):
-        cola.ColaDLM.from_pretrained(tmp_path)
+        ColaDLM.from_pretrained(tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ import data
 import judge
 import train_prior
 import train_vae
-from cola import ColaDLM, load_vae
+from checkpoint import load_vae
+from cola import ColaDLM
 from dit import DiT, DiTConfig
 from flow import flow_matching_loss, sample_times, simulated_prompts
 from vae import Posterior, TextVAE, VAEConfig, token_accuracy, vae_loss
