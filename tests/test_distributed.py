@@ -29,6 +29,15 @@ VAE = f"--vocab-size 300 {VAE_SIZE} {COMMON} {STEPS}"
 PRIOR = f"--joint {PRIOR_SIZE} {COMMON} {STEPS}"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads do not survive a fork, and whoever waits for them waits forever; nor do two threads round like one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def processes(main, arguments, cwd, sabotage=None, n=2):
     """Call main() as torchrun would, in n forked processes, which saves the seconds that starting them takes.
 
@@ -40,6 +49,7 @@ def processes(main, arguments, cwd, sabotage=None, n=2):
     for rank in range(n):
         if not (child := os.fork()):
             code = 1
+            signal.alarm(120)  # no test may wait forever
             try:
                 os.environ |= dict(TORCHELASTIC_RUN_ID="test", WORLD_SIZE=str(n), RANK=str(rank), LOCAL_RANK=str(rank))
                 os.environ |= dict(MASTER_ADDR="localhost", MASTER_PORT=str(port))
@@ -77,7 +87,7 @@ def same_run(a, b, tolerance=1e-6):
 
 
 @pytest.fixture(scope="module")
-def alone(text, tmp_path_factory):
+def alone(text, tmp_path_factory, one_thread):
     """A folder in which one process has trained both stages in 2 passes."""
     cwd = tmp_path_factory.mktemp("alone")
     with pytest.MonkeyPatch.context() as patch:
