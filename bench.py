@@ -339,14 +339,13 @@ def main():
     # Generation on a CPU: with weights in fp32, where the numbers are those of the slow way, and then in bf16, if it
     # multiplies that.  On CUDA in bf16 alone.
     model, latents = model.eval(), {}
-    options = dict(mode="reduce-overhead") if device.type == "cuda" else {}
     for i, dtype in enumerate([torch.float32] * (device.type != "cuda" or not bf16) + [torch.bfloat16] * bf16):
         rate, bandwidth = ceilings(device, dtype, o.repeats)
         name = str(dtype).removeprefix("torch.")
         table.add(f"ceiling: products in {name}", TFLOPs_per_s=rate / 1e12, GB_per_s=bandwidth / 1e9)
         model = model.to(dtype)
         if o.compile:
-            model.compile_sampler(**options)
+            model.compile_sampler()
         generation(o, model, device, table, rate, bandwidth, latents, f", {name}" if i else "")
     name = f"{device}, {torch.get_num_threads()} threads"
     if device.type == "cuda":

@@ -72,9 +72,13 @@ class ColaDLM(nn.Module):
         self.compiled_step = None  # see `compile_sampler`
 
     def compile_sampler(self, **options):
-        """Compile a step of the sampler, with the options of torch.compile.  On CUDA, mode="reduce-overhead" makes it
-        one CUDA graph.  Shapes stay the same from block to block, and so does the graph, but for the first block of
-        all; a new batch size or a new multiple of STATIC_LEN in length compiles again, which takes up to minutes."""
+        """Compile a step of the sampler, with the options of torch.compile; without any, on CUDA as one CUDA graph
+        (mode="reduce-overhead").
+
+        Shapes stay the same from block to block, and so does the graph, but for the first block of all; a new batch
+        size or a new multiple of STATIC_LEN in length compiles again, which takes up to minutes."""
+        if not options and self.device.type == "cuda":
+            options = dict(mode="reduce-overhead")
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # one for each batch size
         self.compiled_step = torch.compile(self.dit.forward, fullgraph=True, dynamic=False, **options)
 

@@ -38,7 +38,7 @@ def main():
         print(f"model: {folder}", file=sys.stderr)
     model = ColaDLM.from_pretrained(folder, device, weights_dtype(o.dtype, device), with_tokenizer=True)
     if o.compile:
-        model.compile_sampler(**(dict(mode="reduce-overhead") if device.type == "cuda" else {}))
+        model.compile_sampler()
     settings = o.settings() | dict(eos_id=model.tokenizer.eot_token if o.stop_at_eos else None)
     prompts = [prompt for prompt in o.prompt for _ in range(o.num_samples)]
     after = [prompt or END_OF_TEXT for prompt in prompts]  # after the end of a document begins a new one
