@@ -29,7 +29,8 @@ from cola import ColaDLM, block_generators
 from common import option
 from dit import DiT, modulate, pairs
 from flow import flow_matching_loss, guide
-from vae import TextVAE, block_mask, rotate, vae_loss
+from transformer import block_mask, rotate
+from vae import TextVAE, vae_loss
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Measuring

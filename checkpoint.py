@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from common import replacing
 from data import load_tokenizer
 from dit import ROPE_THETA, DiT, DiTConfig
-from vae import TextVAE, VAEConfig, rope_freqs
+from transformer import rope_freqs
+from vae import TextVAE, VAEConfig
 
 # Names of our configuration fields in the released config.json, where they differ.
 VAE_NAMES = dict(

@@ -59,9 +59,6 @@ def pick_tokens(logits, uniform, temperature, top_k, top_p):
 # ----------------------------------------------------------------------------------------------------------------------
 # The model
 
-STATIC_LEN = 256  # positions; the caches of a compiled sampler have a multiple of it
-
-
 class ColaDLM(nn.Module):
     """A TextVAE, a DiT over its latents, and the tokenizer that belongs to them (None: token ids only)."""
 
@@ -75,8 +72,8 @@ class ColaDLM(nn.Module):
         """Compile a step of the sampler, with the options of torch.compile; without any, on CUDA as one CUDA graph
         (mode="reduce-overhead").
 
-        Shapes stay the same from block to block, and so does the graph, but for the first block of all; a new batch
-        size or a new multiple of STATIC_LEN in length compiles again, which takes up to minutes."""
+        Shapes stay the same from block to block, and so does the graph, but for the first block of all.  A new batch
+        size or the next 256 positions (`transformer.STATIC_LEN`) compile again, once, which takes up to minutes."""
         if not options and self.device.type == "cuda":
             options = dict(mode="reduce-overhead")
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # one for each batch size
@@ -203,8 +200,7 @@ class ColaDLM(nn.Module):
 
         # 2. One pass of both models over the history fills their caches.
         max_len = int(n_history.max()) + n_blocks * block_size
-        dit_len = -(-max_len // STATIC_LEN) * STATIC_LEN if self.static else max_len
-        vae_cache, dit_cache = self.vae.new_cache(B, max_len), self.dit.new_cache(B, dit_len, self.static)
+        vae_cache, dit_cache = self.vae.new_cache(B, max_len), self.dit.new_cache(B, max_len, self.static)
         times = torch.linspace(1.0, 0.0, steps + 1, device=device)
         network_times = (1000 * times).bfloat16().float() / 1000 if round_time else times
         both_times = torch.stack([network_times, torch.zeros_like(times)], dim=1)  # [t_i, 0] for each step i
@@ -269,8 +265,8 @@ class ColaDLM(nn.Module):
         amplify rounding errors.  `clean` latents (bool, (B, block_size), or None) do not move."""
         guided = (cache.length > 0) & (cfg_scale != 1)
         copies = 2 if guided.any() else 1
-        scale = torch.where(guided, cfg_scale, 1.0).to(cache.k.device)[:, None, None]
-        layout = self.dit.layout(self.dit.config.block_size, cache.k.device, cache, copies)
+        scale = torch.where(guided, cfg_scale, 1.0).to(self.device)[:, None, None]
+        layout = self.dit.layout(self.dit.config.block_size, self.device, cache, copies)
         time_index = None if clean is None else clean.long().repeat(copies, 1)  # 0: the time of this step, 1: time 0
 
         def velocity(z, i):

@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from vae import KVCache, attend, check_sizes, make_layout, rope_freqs, rotate, run_block
+from transformer import KVCache, attend, check_sizes, make_layout, rope_freqs, rotate, run_block
 
 TIME_CHANNELS = 256
 ROPE_THETA = 10000.0
@@ -47,7 +47,7 @@ class DiTConfig:
 
 
 def pairs(x):
-    """The partners in the DiT (see `vae.rotate`): channels 2i and 2i + 1."""
+    """The partners in the DiT (see `transformer.rotate`): channels 2i and 2i + 1."""
     return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
 
 
@@ -153,7 +153,7 @@ def modulate(x, shift, scale):
 class DiT(nn.Module):
     """v = DiT(z_t, t), the velocity dz/dt of the probability flow."""
 
-    checkpointing = False  # see `vae.run_block`
+    checkpointing = False  # see `transformer.run_block`
 
     def __init__(self, config):
         super().__init__()
@@ -193,7 +193,7 @@ class DiT(nn.Module):
         return torch.cat(parts, dim=-1).unflatten(-1, (-1, self.config.dim))
 
     def layout(self, n, device, cache=None, copies=1):
-        """The Layout of n latents behind the histories in `cache`, see `vae.make_layout`."""
+        """The Layout of n latents behind the histories in `cache`, see `transformer.make_layout`."""
         return make_layout(n, self.config.block_size, self.rope, device, cache, copies)
 
     def rope(self, pos):

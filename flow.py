@@ -12,7 +12,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from vae import Layout, block_mask, flex_mask
+from transformer import Layout, block_mask, flex_mask
 
 
 def sample_times(n, loc, scale, generator=None, device=None):

@@ -20,7 +20,8 @@ import common
 import data
 from common import option
 from judge import text_of
-from vae import VAEBlock, VAEConfig, halves_table, make_layout
+from transformer import make_layout
+from vae import VAEBlock, VAEConfig, halves_table
 
 
 class Autoregressive(nn.Module):

@@ -11,9 +11,12 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from test_models import BLOCK, V, d, small_dit, small_vae
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 import checkpoint
 import data
+import transformer
 from cola import ColaDLM, Writer, pick_tokens
 from dit import DiT, DiTConfig
 
@@ -63,7 +66,8 @@ def test_finished_rows_leave_the_batch(model, monkeypatch):
 
 
 @pytest.mark.parametrize("prompts", [PROMPTS, [[1, 2], [3, 4]]])
-def test_a_compiled_step_is_the_same_computation(prompts):
+def test_a_compiled_step_is_the_same_computation(prompts, monkeypatch):
+    monkeypatch.setattr(transformer, "STATIC_LEN", 2 * BLOCK)  # so that the cache is read in several lengths
     model = ColaDLM(small_vae(), small_dit()).requires_grad_(False)
     options = dict(max_new_tokens=10, steps=2, seed=5)
     wanted = model.generate(prompts, **options)
@@ -72,6 +76,22 @@ def test_a_compiled_step_is_the_same_computation(prompts):
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert model.generate(prompts, **options | dict(seed=6)) != wanted
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs  # nothing was compiled again
+
+
+def test_a_compiled_step_writes_into_the_cache_itself():
+    """What is written must be an input of the graph, not a part of one, which would be copied as a whole."""
+    nodes = []
+
+    def compiler(graph, inputs):
+        nodes.extend(graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    model = ColaDLM(small_vae(), small_dit()).requires_grad_(False)
+    model.compile_sampler(backend=aot_autograd(fw_compiler=compiler))
+    model.generate([[1], [2]], max_new_tokens=2 * BLOCK, steps=1)
+    writes = [node for node in nodes if "index_put" in str(node.target)]
+    assert writes and all(node.args[0].op == "placeholder" for node in writes)
+    assert not any("_scatter" in str(node.target) for node in nodes)
 
 
 MEASURE_LOADING = """

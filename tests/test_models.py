@@ -11,7 +11,8 @@ import vae
 from cola import ColaDLM
 from dit import DiT, DiTConfig
 from flow import flow_matching_loss, sample_times, simulated_prompts, solve, training_layout
-from vae import Layout, Posterior, TextVAE, VAEConfig, block_mask, vae_loss
+from transformer import Layout, block_mask
+from vae import Posterior, TextVAE, VAEConfig, vae_loss
 
 BLOCK, d, V = 4, 8, 30
 

@@ -1,0 +1,215 @@
+"""What the two transformers of Cola DLM have in common: one mask, one cache, one attention call.
+
+A text is cut into blocks of `block_size` latents.  Attention is bidirectional inside a block and causal across blocks
+(Eq. 2.1.4), in the VAE (vae.py) as in the prior (dit.py).  That is what lets a model with a key/value cache go through
+a text block by block.
+"""
+
+import functools
+import math
+from dataclasses import fields
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
+
+
+def block_mask(q_block, k_block, q_noisy=None, k_noisy=None):
+    """Which keys a query sees: True where attention is allowed.
+
+    q_block (..., Lq), k_block (..., Lk): the index of the block that a position belongs to.
+    q_noisy, k_noisy: bool, whether it is in the noisy half of the training layout (flow.py); left out, everything is
+    clean.  Returns a bool tensor (..., Lq, Lk):
+
+    - history: clean keys of strictly earlier blocks;
+    - own block: keys of the same block in the same half.
+
+    A noisy block hence never sees its own clean version, which is the answer.
+    """
+    q_block, k_block = q_block[..., :, None], k_block[..., None, :]
+    if q_noisy is None:
+        return k_block <= q_block
+    return sees(q_block, k_block, q_noisy[..., :, None], k_noisy[..., None, :])
+
+
+def sees(q_block, k_block, q_noisy, k_noisy):
+    """The rule of `block_mask`, for one pair of positions or for tensors that broadcast."""
+    return (~k_noisy & (k_block < q_block)) | ((k_noisy == q_noisy) & (k_block == q_block))
+
+
+@functools.lru_cache(maxsize=16)
+def flex_mask(block, noisy, device):
+    """`block_mask` of a sequence with itself for FlexAttention, which skips what nobody sees.  Made once per shape.
+
+    block, noisy: of every position, tuples."""
+    n, block, noisy = len(block), torch.tensor(block, device=device), torch.tensor(noisy, device=device)
+
+    def visible(b, h, q, k):
+        return sees(block[q], block[k], noisy[q], noisy[k])
+
+    return create_block_mask(visible, None, None, n, n, device)
+
+
+STATIC_LEN = 256
+
+
+class KVCache:
+    """Rotated keys and values of the history, allocated once for `max_len` positions a row.
+
+    Rows may have histories of different lengths (`length`, kept on the CPU so that asking never waits for the GPU).
+    A forward pass writes its own keys and values behind the history of each row; they are scratch, overwritten by the
+    next pass, until `commit` makes them part of the history.  That is how the steps of an ODE solver reuse one cache.
+
+    static: attention reads a multiple of STATIC_LEN positions, masked, so that most blocks have the same shapes, as a
+    compiled graph needs.  Otherwise it reads those in use.
+    """
+
+    def __init__(self, n_layer, batch_size, n_head, max_len, head_dim, device=None, dtype=None, static=False):
+        max_len = -(-max_len // STATIC_LEN) * STATIC_LEN if static else max_len
+
+        def empty():  # a tensor for each layer: a graph compiled for one for all would copy it to write to a layer
+            shape = (batch_size, n_head, max_len, head_dim)
+            return [torch.zeros(shape, device=device, dtype=dtype) for _ in range(n_layer)]  # a masked NaN stays a NaN
+
+        self.k, self.v = empty(), empty()
+        self.length = torch.zeros(batch_size, dtype=torch.long)
+        self.max_len, self.static = max_len, static  # in positions
+        self.pin()
+
+    def pin(self):
+        """Tell the compiler that a static cache stays in its place, so that a CUDA graph may write to it."""
+        for tensor in self.k + self.v if self.static else ():
+            torch._dynamo.mark_static_address(tensor)
+
+    @property
+    def batch_size(self):
+        return len(self.length)
+
+    def positions(self, n):
+        """Positions of the next n latents of each row, (B, n), or (1, n) if all histories are equally long."""
+        same = bool((self.length == self.length[0]).all())
+        start = self.length[:1] if same else self.length
+        return start[:, None] + torch.arange(n)
+
+    def write(self, layer, layout, k, v):
+        """Put k, v (B, H, n, D) behind the histories and return all keys and values, (B, H, K, D)."""
+        keys, values = self.k[layer], self.v[layer]
+        if layout.pos is None:  # equal histories: a plain slice
+            keys[:, :, layout.start : layout.end] = k
+            values[:, :, layout.start : layout.end] = v
+        else:
+            rows = torch.arange(len(layout.pos), device=k.device)[:, None]
+            keys[rows, :, layout.pos] = k.transpose(1, 2).to(keys.dtype)
+            values[rows, :, layout.pos] = v.transpose(1, 2).to(values.dtype)
+        return keys[:, :, : layout.end], values[:, :, : layout.end]
+
+    def keep(self, rows):
+        """Forget all rows but these."""
+        self.k, self.v = ([tensor[rows] for tensor in tensors] for tensors in (self.k, self.v))
+        self.length = self.length[rows]
+        self.pin()
+
+    def commit(self, n):
+        """The last n positions written (an int, or a CPU tensor (B,) of one n a row) are history from now on."""
+        self.length = self.length + n
+
+
+class Layout(NamedTuple):
+    """Where the latents of a forward pass stand, and what each sees.  Made once for all layers and solver steps."""
+
+    rope: tuple  # cosines and sines, (1 or B, 1, n, D) each
+    mask: torch.Tensor | BlockMask | None = None  # (1 or B, 1, n, K); None: all is visible
+    pos: torch.Tensor | None = None  # where each row writes in its cache, (B, n); None: all from `start`
+    start: int = 0
+    end: int = 0  # positions of the cache that are in use
+
+
+def make_layout(n, block_size, rope, device, cache=None, copies=1):
+    """The Layout of n new latents behind the histories in `cache`; rope: a function pos (.., n) -> table.
+
+    copies: how many times the rows of the cache come, one after the other, in the batch (see `attend`)."""
+    pos = torch.arange(n)[None] if cache is None else cache.positions(n)  # (1 or B, n)
+    block, end = pos // block_size, int(pos.max()) + 1
+    if cache is not None and end > cache.max_len:
+        raise ValueError(f"a cache of {cache.max_len} positions cannot hold position {end - 1}")
+    static = cache is not None and cache.static
+    if static:
+        pos, end = pos.expand(cache.batch_size, -1), -(-end // STATIC_LEN) * STATIC_LEN
+    if static or len(pos) > 1:  # positions of a row beyond its end count as later blocks
+        mask = block_mask(pos // block_size, torch.arange(end) // block_size)[:, None].to(device)
+        return Layout(rope(pos.repeat(copies, 1)), mask, pos.to(device), end=end)
+    if block[0, 0] == block[0, -1]:  # one block, which sees itself and the whole history
+        mask = None
+    else:
+        mask = block_mask(block, torch.arange(end) // block_size)[:, None].to(device)  # (1, 1, n, K)
+    return Layout(rope(pos), mask, None, int(pos[0, 0]), end)
+
+
+def attend(q, k, v, layout, cache=None, layer=0):
+    """softmax(q k^T / sqrt(D)) v, all (B, H, L, D), with the history in `cache` if there is one.
+
+    A batch may have more rows than the cache: the rows beyond it have no history and see only the positions that
+    come with them, all of them: one block.  Classifier-free guidance runs its unconditional branch that way, in the
+    same batch.
+    """
+    if isinstance(layout.mask, BlockMask):
+        return (compiled_flex_attention() if q.is_cuda else flex_attention)(q, k, v, block_mask=layout.mask)
+    if cache is None:
+        if q.requires_grad and q.device.type == "cpu":  # training: in bf16 2 to 3 times as fast as the fused kernel
+            return plain_attention(q, k, v, layout.mask)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=layout.mask)
+    n = cache.batch_size
+    keys, values = cache.write(layer, layout, k[:n], v[:n])
+    out = F.scaled_dot_product_attention(q[:n], keys, values, attn_mask=layout.mask)
+    if len(q) > n:
+        out = torch.cat([out, F.scaled_dot_product_attention(q[n:], k[n:], v[n:])])
+    return out
+
+
+@functools.cache
+def compiled_flex_attention():
+    """FlexAttention is a fast kernel only if compiled."""
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def plain_attention(q, k, v, mask):
+    """What `attend` computes, as three matrix products."""
+    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (B, H, L, L)
+    if mask is not None:
+        scores = scores + torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, float("-inf"))
+    return scores.softmax(-1) @ v
+
+
+def rope_freqs(dim, theta, device=None):
+    """theta^(-2i/dim), i = 0 .. dim/2-1, (dim/2,) in fp32."""
+    return 1.0 / theta ** (torch.arange(0, dim, 2, device=device).float() / dim)
+
+
+def rotate(x, rope, partner):
+    """Rotary embedding: each channel turns with its partner, x cos + partner(x) sin.  x (B, H, L, D)
+
+    rope: cosines and sines (1 or B, 1, L, D), the sines negative for the first of two partners."""
+    cos, sin = rope
+    x = x.float()
+    return x * cos + partner(x) * sin
+
+
+def run_block(block, checkpointing, *args):
+    """block(*args).  With checkpointing its activations are computed again for the gradient, not kept: less memory."""
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, *args, use_reentrant=False)
+    return block(*args)
+
+
+def check_sizes(config):
+    """Raises ValueError for a value that has not the type of its default, a count below 1, or a float like NaN."""
+    for field in fields(config):
+        value, wanted = getattr(config, field.name), type(field.default)
+        if type(value) is not wanted and not (wanted is float and type(value) is int):
+            raise ValueError(f"{field.name} {value!r} must be of type {wanted.__name__}")
+        if wanted is int and value < 1:
+            raise ValueError(f"{field.name} {value} must be at least 1")
+        if wanted is float and not (math.isfinite(value) and (value > 0 or field.name == "shifting_factor")):
+            raise ValueError(f"{field.name} {value} must be a positive number")
