@@ -1,13 +1,11 @@
-"""What the scripts share: command line, device and precision, optimizer and schedule, run folders.
+"""What the scripts share: command line, device and precision, optimizer and schedule, files.
 
 Nothing in here knows about the model."""
 
 import argparse
 import dataclasses
-import json
 import math
 import os
-import pickle
 import re
 import sys
 import time
@@ -18,7 +16,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from processes import gather, n_processes, rank, shard_like, under_torchrun
+from processes import n_processes, rank
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Command line: one dataclass a script is the only home of its options, defaults, ranges and help
@@ -243,17 +241,6 @@ class Optimizers:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
 
-    def state_dict(self):
-        return {type(optimizer).__name__: optimizer.state_dict() for optimizer in self.optimizers}
-
-    def load_state_dict(self, state):
-        for optimizer in self.optimizers:
-            own = state[type(optimizer).__name__]
-            params = [p for group in optimizer.param_groups for p in group["params"]]  # the state counts them
-            for i, of_param in own["state"].items():
-                of_param.update({name: shard_like(value, params[i]) for name, value in of_param.items()})
-            optimizer.load_state_dict(own)
-
 
 def learning_rate(step, steps, warmup, peak, final):
     """Linear warm-up to `peak` in `warmup` steps, then a cosine to `final` at the last step, steps - 1."""
@@ -298,7 +285,7 @@ def step_generator(seed, step, device, part=0):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Run folders
+# Files
 
 
 @contextmanager
@@ -324,83 +311,3 @@ def check_new(folder, advice):
     path = Path(folder)
     if path.exists() and (not path.is_dir() or any(not f.is_dir() for f in path.rglob("*"))):
         raise FileExistsError(f"{path} already holds {'files' if path.is_dir() else 'a file'}: {advice}")
-
-
-class Run:
-    """The folder of one training run: options, training state (training.pt) and loss log (log.jsonl).
-
-    Nothing is written before the first `save`, so a run that cannot start leaves no trace."""
-
-    # Options that may change when a run is resumed.
-    FREE = ("resume", "out", "device", "save_every", "fsdp", "checkpointing", "compile")
-
-    def __init__(self, options, given):
-        """With options.resume, the options come from the saved run; those given anew must agree, except FREE ones.
-        Raises FileExistsError if the folder holds anything else, FileNotFoundError if there is nothing to resume."""
-        self.folder = Path(options.out)
-        self.file = self.folder / "training.pt"
-        self.log, self.options = [], options
-        if options.resume:
-            self.content = self.load()
-            saved, self.log = self.content["options"], self.content["log"]
-            if saved.keys() != dataclasses.asdict(options).keys():
-                raise ValueError(f"{self.folder} holds a run of another script, or of another version of this one")
-            parts = saved["passes"] * self.content.get("n_processes", 1)  # of a batch: as many as before, if possible
-            saved["passes"] = -(-parts // n_processes())
-            for name in given - set(self.FREE):
-                if getattr(options, name) != saved[name]:
-                    value = " ".join(saved[name]) if isinstance(saved[name], tuple) else saved[name]
-                    message = f"was started with {flag(name)} {value}: resume it without {flag(name)}"
-                    raise ValueError(f"{self.folder} {message}")
-            kept = {name: value for name, value in saved.items() if name not in given | {"resume", "out"}}
-            self.options = dataclasses.replace(options, **kept)
-        else:
-            check_new(options.out, "add --resume, or choose another --out")
-        if self.options.fsdp and not under_torchrun():
-            raise ValueError("--fsdp shares a model out over processes: start it with torchrun, or add --no-fsdp")
-
-    def record(self, bar, step, lr, passes):
-        """Add a row to the log and show it on the progress bar; collective.  passes: of each, {name: scalar tensor}."""
-        row = {name: sum(terms[name].item() for terms in passes) / len(passes) for name in passes[0]}
-        if under_torchrun():  # the mean over processes
-            values = torch.tensor(list(row.values()), dtype=torch.float64, device=passes[0]["loss"].device)
-            dist.all_reduce(values)
-            row = dict(zip(row, (values / n_processes()).tolist(), strict=True))
-        self.log.append(dict(step=step, lr=lr) | row)
-        bar.set_postfix({name: f"{value:.3f}" for name, value in row.items()} | dict(lr=f"{lr:.1e}"))
-
-    def load(self):
-        """What `save` wrote, on the CPU."""
-        try:
-            many = n_processes() > 1  # which then read the file from one place in memory
-            content = torch.load(self.file, map_location="cpu", weights_only=True, mmap=many)
-            return content | dict(options=dict(content["options"]), log=list(content["log"]), step=int(content["step"]))
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{self.file} does not exist: there is no run to resume") from None
-        except (RuntimeError, EOFError, LookupError, TypeError, ValueError, pickle.UnpicklingError):
-            raise ValueError(f"{self.file} is damaged or truncated") from None
-
-    def restore(self, **objects):
-        """Give every object the state that `save` wrote under its name; returns the number of steps done."""
-        for name, item in objects.items():
-            try:
-                item.load_state_dict(self.content.pop(name))
-            except (RuntimeError, LookupError, TypeError, AttributeError) as error:
-                raise ValueError(f"{self.file} does not fit this run: {name}: {error}") from None
-        return self.content["step"]
-
-    def save(self, step, **objects):
-        """Write the states of `objects` (models, optimizer) and the log; complete or not at all.  Collective.
-
-        The file does not depend on how the run is distributed, so it resumes on any number of processes."""
-        content = gather({name: item.state_dict() for name, item in objects.items()})
-        if rank() > 0:
-            return
-        content |= dict(step=step, options=dataclasses.asdict(self.options), log=self.log, n_processes=n_processes())
-        with replacing(self.file) as temporary:
-            try:
-                torch.save(content, temporary)
-            except RuntimeError as error:
-                raise OSError(f"could not write {self.file}: {error}") from None
-        with replacing(self.folder / "log.jsonl") as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in self.log))

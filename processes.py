@@ -94,32 +94,15 @@ def distribute(objective, groups, device, fsdp=False, bf16=False):
     return objective
 
 
-def shard_like(value, param):
-    """This process's part of the optimizer's whole tensor `value` that belongs to a parameter, if that is sharded."""
-    if not hasattr(param, "full_tensor") or value.shape != param.shape:
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
-
-
-def gather(state):
-    """A state dict with whole tensors in place of sharded ones, on the CPU of the first process.  Collective."""
-    if isinstance(state, dict):
-        return {name: gather(value) for name, value in state.items()}
-    if not hasattr(state, "full_tensor"):
-        return state
-    whole = state.full_tensor()  # one at a time
-    return whole.cpu() if rank() == 0 else None
-
-
 def whole(model):
     """The model itself or, if it is sharded, a copy on the CPU, with weights in the first process only.  Collective."""
     if not any(hasattr(p, "full_tensor") for p in model.parameters()):
         return model
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
     with torch.device("meta"):
         copy = type(model)(model.config)
-    state = gather(model.state_dict())
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank() == 0:
         copy.load_state_dict(state, assign=True)
     return copy

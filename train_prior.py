@@ -24,6 +24,7 @@ from checkpoint import find_tokenizer, load_vae, load_vae_config, save_dit, save
 from common import option
 from dit import DiT, DiTConfig
 from flow import flow_matching_loss, sample_times, simulated_prompts
+from run import Run
 from vae import Posterior, VAEConfig, masked_view_loss, reconstruction_loss
 
 
@@ -171,7 +172,7 @@ def main():
         released = options.preset == "2b" and "vae" not in given
         vae_config = VAEConfig() if released else load_vae_config(options.vae)
         return budget.report(options, vae_config, config_of(options, vae_config))
-    run = common.Run(options, given)
+    run = Run(options, given)
     o, device = run.options, processes.join_processes(common.pick_device(options.device))
     amp = common.autocast(device, o.precision)
 
@@ -196,8 +197,6 @@ def main():
     trained = nn.ModuleDict(dict(dit=dit, vae=copy.deepcopy(vae)) if o.joint else dict(dit=dit))
     vae.requires_grad_(False)  # the frozen VAE, or the reference
     ema = copy.deepcopy(trained).requires_grad_(False)
-    states = dict(trained=trained, ema=ema) | (dict(reference=vae) if o.joint else {})
-    first_step = run.restore(**states) if o.resume else 0
 
     for model in (dit, vae, *trained.children()):
         model.checkpointing = o.checkpointing
@@ -220,14 +219,15 @@ def main():
         distributed(ema)
     lr_ratios = dict(dit=1.0, vae=o.vae_lr_ratio)
     parts = [(part, lr_ratios[name]) for name, part in trained.items()]
-    states["optimizer"] = optimizer = common.make_optimizer(parts, o.optimizer, o.weight_decay)
+    optimizer = common.make_optimizer(parts, o.optimizer, o.weight_decay)
+    states = dict(trained=trained, ema=ema) | (dict(reference=vae) if o.joint else {})
     if o.resume:
-        run.restore(optimizer=optimizer)
+        run.restore(optimizer, **states)
     n_params = sum(p.numel() for p in dit.parameters())
     print(f"{len(corpus.train):,} training tokens; prior of {n_params:,} parameters on {device}")
 
     def save(step):
-        run.save(step, **states)
+        run.save(step, optimizer, **states)
         average = {name: processes.whole(model) for name, model in ema.items()}
         if processes.rank() == 0:
             save_dit(average["dit"], run.folder)
@@ -244,8 +244,8 @@ def main():
         with torch.no_grad(), amp:
             latents = cached_latents(vae, corpus.train, o.seq_len, run.folder / "latents.bin")
     tokens_per_step = o.batch_size * o.seq_len
-    with common.progress_bar(first_step, o.steps, tokens_per_step) as bar:
-        for step in range(first_step, o.steps):
+    with common.progress_bar(run.step, o.steps, tokens_per_step) as bar:
+        for step in range(run.step, o.steps):
             if latents is None:
                 idx = data.random_batch(corpus.train, o.batch_size, o.seq_len, o.seed, step).to(device)  # (B, L)
             else:

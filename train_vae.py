@@ -16,6 +16,7 @@ import data
 import processes
 from checkpoint import find_tokenizer, save_vae
 from common import option
+from run import Run
 from vae import TextVAE, VAEConfig, token_accuracy, vae_loss
 
 
@@ -74,7 +75,7 @@ def main():
     options, given = common.parse_options(Options, __doc__, PRESETS)
     if options.dry_run:
         return budget.report(options, config_of(options))
-    run = common.Run(options, given)
+    run = Run(options, given)
     o, device = run.options, processes.join_processes(common.pick_device(options.device))
     amp = common.autocast(device, o.precision)
 
@@ -93,8 +94,6 @@ def main():
     # Model and optimizer, new or as they were.
     torch.manual_seed(o.seed)
     vae = TextVAE(config).to(device)
-    first_step = run.restore(vae=vae) if o.resume else 0
-
     vae.checkpointing = o.checkpointing
     if o.compile:
         vae.transform = torch.compile(vae.transform, dynamic=False)
@@ -107,13 +106,13 @@ def main():
     objective = processes.distribute(processes.Objective(vae, batch_loss), blocks, device, o.fsdp, bf16)
     optimizer = common.make_optimizer([(vae, 1.0)], o.optimizer, o.weight_decay)
     if o.resume:
-        run.restore(optimizer=optimizer)
+        run.restore(optimizer, vae)
     n_params = sum(p.numel() for p in vae.parameters())
     print(f"{len(corpus.train):,} training tokens of {vae.config.vocab_size:,} ids")
     print(f"VAE of {n_params:,} parameters on {device}")
 
     def save(step):
-        run.save(step, vae=vae, optimizer=optimizer)
+        run.save(step, optimizer, vae)
         whole = processes.whole(vae)
         if processes.rank() == 0:
             save_vae(whole, run.folder)
@@ -123,8 +122,8 @@ def main():
             data.save_tokenizer(corpus.tokenizer, run.folder / "tokenizer.json")
         save(0)  # from here on --resume finds all it needs
     tokens_per_step = o.batch_size * o.seq_len
-    with common.progress_bar(first_step, o.steps, tokens_per_step) as bar:
-        for step in range(first_step, o.steps):
+    with common.progress_bar(run.step, o.steps, tokens_per_step) as bar:
+        for step in range(run.step, o.steps):
             idx = data.random_batch(corpus.train, o.batch_size, o.seq_len, o.seed, step).to(device)  # (B, L)
             lr = common.learning_rate(step, o.steps, o.warmup, o.lr, o.final_lr)
             passes = []

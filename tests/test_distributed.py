@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import common
 import data
 import evaluate
+import run
 import sample
 import train_prior
 import train_vae
@@ -75,11 +76,11 @@ def processes(main, arguments, cwd, sabotage=None, n=2):
 
 def same_run(a, b, tolerance=1e-6):
     """Whether the losses of two runs are the same, and their weights up to rounding; a step is one of about 1e-3."""
-    one, two = ([json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (a, b))
+    one, two = ([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (a, b))
     assert len(one) == len(two) == 6
     for row, other in zip(one, two, strict=True):
         assert row == pytest.approx(other, rel=10 * tolerance, abs=10 * tolerance)
-    for file in sorted(run.relative_to(a) for run in a.glob("*/model.safetensors")):
+    for file in sorted(file.relative_to(a) for file in a.glob("*/model.safetensors")):
         one, two = load_file(a / file), load_file(b / file)
         difference = torch.cat([(one[name] - two[name]).flatten() for name in one]).abs()
         assert difference.mean() < tolerance
@@ -109,6 +110,9 @@ def test_two_processes_are_two_passes(alone, text, tmp_path, name, fsdp):
         codes, output = processes(main, f"{arguments} {RUNS[name]} {fsdp} --out {stage}", tmp_path)
         assert codes == [0, 0] and output[1] == "", output
         assert same_run(tmp_path / stage, alone / f"{name}-{stage}", tolerance)
+        sizes = [file.stat().st_size for file in (tmp_path / stage / "training" / "6").glob("*.distcp")]
+        assert len(sizes) == 2 or not fsdp  # each process has written its half, but for what is not shared out
+        assert not fsdp or max(sizes) < 0.7 * sum(sizes)
 
 
 def stopping(function, count, stop):
@@ -129,12 +133,11 @@ def kill_while_stepping(rank):
 
 
 def kill_while_saving(rank):
-    def half(content, file):
-        file.write_bytes(b"PK")
+    def half(*args):
         os.kill(os.getpid(), signal.SIGKILL)
 
-    if rank == 0:
-        torch.save = stopping(torch.save, 1, half)
+    if rank == 0:  # after the weights have been written
+        run.replacing = stopping(run.replacing, 2, half)
 
 
 @pytest.mark.parametrize("fsdp", ["", "--fsdp"])
@@ -144,7 +147,8 @@ def test_what_two_began_and_one_left_a_single_one_finishes(alone, tmp_path, monk
     codes, _ = processes(train_prior.main, arguments, tmp_path, sabotage)
     assert -signal.SIGKILL in codes and 0 not in codes
     assert ColaDLM.from_pretrained(tmp_path / "out")
-    assert torch.load(tmp_path / "out" / "training.pt")["step"] == step
+    complete = [int(file.parent.name) for file in (tmp_path / "out" / "training").glob("*/run.json")]
+    assert complete == [step]
     call(train_prior.main, "--resume --no-fsdp --out out", monkeypatch, tmp_path)
     assert same_run(tmp_path / "out", alone / "adamw-prior")
 

@@ -8,6 +8,7 @@ from itertools import pairwise
 import autoregressive
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from conftest import COMMON, PRIOR_SIZE, VAE_SIZE, call, run
 from safetensors.torch import load_file
 
@@ -20,6 +21,7 @@ from checkpoint import load_vae
 from cola import ColaDLM
 from dit import DiT, DiTConfig
 from flow import flow_matching_loss, sample_times, simulated_prompts
+from run import Run
 from vae import Posterior, TextVAE, VAEConfig, token_accuracy, vae_loss
 
 
@@ -85,16 +87,19 @@ def test_judging_from_the_command_line(trained, monkeypatch, capsys):
     assert rows == [*names, "continuations"]
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_run_folders_hold_what_they_should(trained):
     for folder in ("runs/cola", "runs/joint"):
         model = ColaDLM.from_pretrained(trained / folder)
         assert model.tokenizer.n_vocab == model.vae.config.vocab_size <= 300
         rows = [json.loads(line) for line in (trained / folder / "log.jsonl").read_text().splitlines()]
         assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
-        state = torch.load(trained / folder / "training.pt")
-        saved = load_file(trained / folder / "cola_dit" / "model.safetensors")
-        assert torch.equal(saved["txt_in.proj.weight"], state["ema"]["dit.txt_in.proj.weight"])
-        assert not torch.equal(state["trained"]["dit.txt_in.proj.weight"], state["ema"]["dit.txt_in.proj.weight"])
+        saved = load_file(trained / folder / "cola_dit" / "model.safetensors")["txt_in.proj.weight"]
+        state = {f"{name}.dit.txt_in.proj.weight": torch.empty_like(saved) for name in ("trained", "ema")}
+        assert [file.name for file in (trained / folder / "training").iterdir()] == ["6"]
+        dcp.load(state, checkpoint_id=trained / folder / "training" / "6", no_dist=True)
+        raw, average = state.values()
+        assert torch.equal(saved, average) and not torch.equal(saved, raw)
 
 
 def weights(folder, part):
@@ -141,12 +146,12 @@ def test_resuming_keeps_what_is_not_given_anew(tmp_path):
     def options(**given):
         return train_vae.Options(out=str(tmp_path), **given), set(given)
 
-    common.Run(*options(save_every=7, lr=0.5, device="cpu")).save(0)
-    resumed = common.Run(*options(resume=True)).options
+    Run(*options(save_every=7, lr=0.5, device="cpu")).save(0, None, torch.nn.Linear(1, 1))
+    resumed = Run(*options(resume=True)).options
     assert (resumed.save_every, resumed.lr, resumed.device) == (7, 0.5, "cpu")
-    assert common.Run(*options(resume=True, save_every=9)).options.save_every == 9
+    assert Run(*options(resume=True, save_every=9)).options.save_every == 9
     with pytest.raises(ValueError, match="was started with --lr 0.5"):
-        common.Run(*options(resume=True, lr=0.1))
+        Run(*options(resume=True, lr=0.1))
 
 
 def test_resuming_needs_the_same_text(trained, text, tmp_path, monkeypatch):
@@ -280,21 +285,38 @@ def test_a_failed_start_leaves_no_trace(text, tmp_path, monkeypatch):
         assert not any(file.is_file() for file in tmp_path.rglob("*"))
 
 
-@pytest.mark.parametrize("damage", ["empty", "half", "text", "other", "tensor"])
-def test_resuming_from_a_damaged_file(trained, tmp_path, monkeypatch, damage):
+@pytest.mark.parametrize("damage", ["missing", "empty", "half", "text"])
+@pytest.mark.parametrize("name", ["run.json", ".metadata", "__0_0.distcp"])
+def test_resuming_from_a_damaged_file(trained, tmp_path, monkeypatch, name, damage):
     shutil.copytree(trained / "runs" / "vae", tmp_path / "out")
-    file = tmp_path / "out" / "training.pt"
+    file = tmp_path / "out" / "training" / "6" / name
     whole = file.read_bytes()
-    if damage == "other":
-        torch.save([1], file)
-    elif damage == "tensor":
-        content = torch.load(file)
-        content["vae"].pop("decoder.final_norm.weight")
-        torch.save(content, file)
+    if damage == "missing":
+        file.unlink()
     else:
-        file.write_bytes({"empty": b"", "half": whole[: len(whole) // 2], "text": b"no zip file"}[damage])
-    with pytest.raises(ValueError, match="does not fit this run" if damage == "tensor" else "damaged or truncated"):
+        file.write_bytes({"empty": b"", "half": whole[: len(whole) // 2], "text": b"something else"}[damage])
+    no_run = (name, damage) == ("run.json", "missing")
+    with pytest.raises(FileNotFoundError if no_run else ValueError, match="there is no run" if no_run else "damaged"):
         call(train_vae.main, "--resume --out out", monkeypatch, tmp_path)
+
+
+def test_resuming_from_the_state_of_another_model(trained, tmp_path, monkeypatch):
+    shutil.copytree(trained / "runs" / "vae", tmp_path / "out")
+    shutil.copytree(trained / "runs" / "cola" / "training", tmp_path / "other")
+    for file in ("__0_0.distcp", ".metadata"):
+        shutil.copy(tmp_path / "other" / "6" / file, tmp_path / "out" / "training" / "6" / file)
+    with pytest.raises(ValueError, match="does not fit this run: Missing key"):
+        call(train_vae.main, "--resume --out out", monkeypatch, tmp_path)
+
+
+def test_a_full_disk_is_reported(trained, text, tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(dcp.FileSystemWriter, "write_data", fail)
+    arguments = f"--data {text} --vocab-size 300 {VAE_SIZE} {COMMON} --steps 6"
+    with pytest.raises(OSError, match="could not write training/0: no space left on device"):
+        call(train_vae.main, f"{arguments} --out .", monkeypatch, tmp_path)
 
 
 def test_an_interrupted_save_leaves_the_old_file(tmp_path):
