@@ -29,7 +29,7 @@ from cola import ColaDLM, block_generators
 from common import option
 from dit import DiT, modulate, pairs
 from flow import flow_matching_loss, guide
-from transformer import block_mask, rotate
+from transformer import block_mask, compile_blocks, rotate
 from vae import TextVAE, vae_loss
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ class Options:
     rows: tuple = option(("1", "8", "64"), "generation: rows of a batch")
     steps: int = option(16, "generation: steps of the solver", low=1)
     cfg_scale: float = option(3.0, "generation: guidance", low=0.0)
-    compile: bool = option(False, "generation with a compiled step; on CUDA as a CUDA graph")
+    compile: bool = option(False, "compile the blocks in training and a step of generation (on CUDA as a CUDA graph)")
     slow: bool = option(True, "measure the slow way, too")
     growth: bool = option(True, "measure how times grow with length, batch, steps and guidance")
     repeats: int = option(5, "measurements behind each median", low=1)
@@ -215,6 +215,8 @@ def build(o, device):
 def training(o, model, device, table, rate):
     vae, dit = model.vae, model.dit
     amp = common.autocast(device, o.precision)
+    if o.compile:
+        compile_blocks(vae), compile_blocks(dit)
     optimizers = [common.make_optimizer([(part, 1.0)], "adamw", 0.01) for part in (vae, dit)]
 
     def stage1(L, B):
@@ -339,7 +341,7 @@ def main():
 
     # Generation on a CPU: with weights in fp32, where the numbers are those of the slow way, and then in bf16, if it
     # multiplies that.  On CUDA in bf16 alone.
-    model, latents = model.eval(), {}
+    model, latents = build(o, device).eval(), {}
     for i, dtype in enumerate([torch.float32] * (device.type != "cuda" or not bf16) + [torch.bfloat16] * bf16):
         rate, bandwidth = ceilings(device, dtype, o.repeats)
         name = str(dtype).removeprefix("torch.")

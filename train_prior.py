@@ -25,6 +25,7 @@ from common import option
 from dit import DiT, DiTConfig
 from flow import flow_matching_loss, sample_times, simulated_prompts
 from run import Run
+from transformer import compile_blocks
 from vae import Posterior, VAEConfig, masked_view_loss, reconstruction_loss
 
 
@@ -124,8 +125,8 @@ def joint_loss(vae, reference, dit, idx, o, generator):
 
 def fsdp_groups(models):
     """For FSDP: what modulates a block is computed before all blocks, so it is gathered apart from the rest of it."""
-    vae_blocks = [*models.vae.encoder.blocks, *models.vae.decoder.blocks] if "vae" in models else []
-    return [group for block in models.dit.blocks for group in ([*block.ada.values()], block)] + vae_blocks
+    groups = [group for block in models.dit.blocks for group in ([*block.ada.values()], block)]
+    return groups + (models.vae.blocks if "vae" in models else [])
 
 
 @torch.no_grad()
@@ -198,12 +199,10 @@ def main():
     vae.requires_grad_(False)  # the frozen VAE, or the reference
     ema = copy.deepcopy(trained).requires_grad_(False)
 
-    for model in (dit, vae, *trained.children()):
+    for model in (vae, *trained.children()):
         model.checkpointing = o.checkpointing
-    if o.compile:
-        dit.compile(dynamic=False)
-        for model in {vae, trained.vae} if o.joint else {vae}:
-            model.transform = torch.compile(model.transform, dynamic=False)
+        if o.compile:
+            compile_blocks(model)
 
     def batch_loss(models, idx, generator):
         if o.joint:

@@ -17,6 +17,7 @@ import processes
 from checkpoint import find_tokenizer, save_vae
 from common import option
 from run import Run
+from transformer import compile_blocks
 from vae import TextVAE, VAEConfig, token_accuracy, vae_loss
 
 
@@ -96,14 +97,13 @@ def main():
     vae = TextVAE(config).to(device)
     vae.checkpointing = o.checkpointing
     if o.compile:
-        vae.transform = torch.compile(vae.transform, dynamic=False)
+        compile_blocks(vae)
 
     def batch_loss(vae, idx, generator):
         return vae_loss(vae, idx, o.beta, o.mask_weight, o.mask_ratio, o.decoder_noise, generator)
 
-    blocks = [*vae.encoder.blocks, *vae.decoder.blocks]
     bf16 = common.uses_bf16(device, o.precision)
-    objective = processes.distribute(processes.Objective(vae, batch_loss), blocks, device, o.fsdp, bf16)
+    objective = processes.distribute(processes.Objective(vae, batch_loss), vae.blocks, device, o.fsdp, bf16)
     optimizer = common.make_optimizer([(vae, 1.0)], o.optimizer, o.weight_decay)
     if o.resume:
         run.restore(optimizer, vae)

@@ -203,6 +203,12 @@ def run_block(block, checkpointing, *args):
     return block(*args)
 
 
+def compile_blocks(model, **options):
+    """Compile all blocks of a model in place, with options of torch.compile.  Like blocks share one graph."""
+    for block in model.blocks:
+        block.compile(dynamic=False, **options)
+
+
 def check_sizes(config):
     """Raises ValueError for a value that has not the type of its default, a count below 1, or a float like NaN."""
     for field in fields(config):

@@ -154,7 +154,7 @@ class VAEBlock(nn.Module):
 class TextVAE(nn.Module):
     """`encode`: tokens -> Posterior.  `decode`: latents -> logits."""
 
-    checkpointing = False  # see `run_block`
+    checkpointing = False  # see `transformer.run_block`
 
     def __init__(self, config):
         super().__init__()
@@ -192,9 +192,14 @@ class TextVAE(nn.Module):
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)
 
+    @property
+    def blocks(self):
+        """Those of both halves."""
+        return [*self.encoder.blocks, *self.decoder.blocks]
+
     def hidden_matrices(self):
         """The matrices of attention and feed-forward layers."""
-        return [p for half in (self.encoder, self.decoder) for p in half.blocks.parameters() if p.dim() == 2]
+        return [p for block in self.blocks for p in block.parameters() if p.dim() == 2]
 
     def layout(self, n, device, cache=None):
         """The Layout of n latents behind the histories in `cache`."""

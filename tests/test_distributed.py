@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from functools import partialmethod
 
 import pytest
 import torch
@@ -113,6 +114,16 @@ def test_two_processes_are_two_passes(alone, text, tmp_path, name, fsdp):
         sizes = [file.stat().st_size for file in (tmp_path / stage / "training" / "6").glob("*.distcp")]
         assert len(sizes) == 2 or not fsdp  # each process has written its half, but for what is not shared out
         assert not fsdp or max(sizes) < 0.7 * sum(sizes)
+
+
+def test_compiled_and_sharded(alone, text, tmp_path):
+    def without_a_compiler(rank):
+        torch.nn.Module.compile = partialmethod(torch.nn.Module.compile, backend="aot_eager")
+
+    arguments = f"--vae {alone}/adamw-vae {PRIOR} {RUNS['adamw']} --fsdp --compile --checkpointing --out out"
+    codes, output = processes(train_prior.main, arguments, tmp_path, without_a_compiler)
+    assert codes == [0, 0], output
+    assert same_run(tmp_path / "out", alone / "adamw-prior")
 
 
 def stopping(function, count, stop):
