@@ -3,7 +3,7 @@
     python evaluate.py                                            # diagnostics of runs/cola on its held-out text
     python evaluate.py --model released --tasks lambada,mmlu --task-data benchmarks/     # benchmarks; see tasks.py
     python evaluate.py --score lambada.jsonl mmlu.jsonl           # score generations that exist already
-    torchrun --nproc_per_node=8 evaluate.py --tasks all           # the lines shared out over 8 devices
+    torchrun --nproc_per_node=8 evaluate.py                       # on 8 devices, and so with --tasks
 
 Each diagnostic asks after one part.  Reconstruction: does the decoder recover the text from the latents?  Compression:
 how much do the latents hold?  Prior fit: does the prior match the latents?  Last comes what they make together, the
@@ -39,7 +39,7 @@ from common import (
     weights_dtype,
 )
 from flow import layout_velocity, solve, velocity_error
-from processes import first_process_first, join_processes, n_processes
+from processes import collect, first_process_first, join_processes, n_processes, rank
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Figures
@@ -85,8 +85,9 @@ class Report:
             points = [f"{point:4g}: {v:.3f}" for point, v in zip(x, value, strict=True)]
             lines = [" ".join(points[i : i + 8]) for i in range(0, len(points), 8)]
             print(f"  {name}, each ± {max(error):.4f} or less {unit} (n = {n})", *lines, sep="\n      ")
-        with replacing(self.folder / "report.json") as temporary:
-            temporary.write_text(json.dumps(self.about | dict(sections=self.sections), indent=2) + "\n")
+        if rank() == 0:
+            with replacing(self.folder / "report.json") as temporary:
+                temporary.write_text(json.dumps(self.about | dict(sections=self.sections), indent=2) + "\n")
 
 
 def in_batches(function, *tensors, batch_size=32):
@@ -274,12 +275,18 @@ def prior_fit(report, model, idx, before, corpus, settings, seed):
 
 
 def generated(model, prompts, max_new_tokens, **settings):
-    """Latents (B, n, d) and tokens, B lists, of continuations of equally long prompts, lists of ids."""
-    c = model.vae.config
-    blocks = list(model.blocks(prompts, max_new_tokens, **settings))
-    rows = [sum((block.new[i] for block in blocks), [])[:max_new_tokens] for i in range(len(prompts))]
+    """Latents (B, n, d) and tokens, B lists, of continuations of equally long prompts, lists of ids.
+
+    The prompts are shared out over the processes."""
+    c, rows = model.vae.config, range(rank(), len(prompts), n_processes())
+    blocks = list(model.blocks([prompts[i] for i in rows], max_new_tokens, row_ids=rows, **settings))
     known = -(-(len(prompts[0]) % (c.block_size * c.patch_size)) // c.patch_size)  # latents of the first block
-    return torch.cat([block.z for block in blocks], dim=1)[:, known:][:, : max_new_tokens // c.patch_size], rows
+    found = []
+    for i in range(len(rows)):
+        z = torch.cat([block.z[i] for block in blocks])[known:][: max_new_tokens // c.patch_size]  # (n, d)
+        found.append((z.cpu(), sum((block.new[i] for block in blocks), [])[:max_new_tokens]))
+    latents, tokens = zip(*collect(found), strict=True)
+    return torch.stack(latents), list(tokens)
 
 
 def frechet_distance(a, b):
@@ -307,18 +314,20 @@ def energy_distance(a, b):
 
 
 def likelihood(report, model, idx, read_times, o):
-    """log p(x) of idx (N, L): ELBO and IWAE with o.samples draws, by the time at which the decoder reads."""
+    """log p(x) of idx (N, L): ELBO and IWAE with o.samples draws, by the time at which the decoder reads.
+
+    The rows are shared out over the processes, eight at a time."""
     N, ids = len(idx), idx.tolist()
     n_bytes = torch.tensor([len(judge.text_of(model.tokenizer, row)) for row in ids])
     name = "likelihood"
     for read_time in read_times:
         options = dict(n_samples=o.samples, steps=o.ode_steps, read_time=read_time, exact=o.exact, seed=o.seed)
-        batches = range(0, N, 8)
+        batches = range(0, N, 8)[rank() :: n_processes()]
         weights = [
-            model.log_weights(ids[i : i + 8], row_ids=range(i, min(i + 8, N)), **options)
-            for i in tqdm(batches, desc=f"likelihood at t = {read_time}", leave=False)
+            torch.stack(model.log_weights(ids[i : i + 8], row_ids=range(i, min(i + 8, N)), **options)).cpu()
+            for i in tqdm(batches, desc=f"likelihood at t = {read_time}", leave=False, disable=rank() > 0)
         ]
-        terms = [torch.cat(term, dim=1).cpu().double() for term in zip(*weights, strict=True)]  # 3 of (K, N)
+        terms = torch.cat(collect(weights), dim=-1).double()  # (3, K, N)
         for what, term in zip(("decoder", "prior", "posterior"), terms, strict=True):
             estimate = jackknife(lambda i: term[:, i].mean() / idx.shape[1], N)  # noqa: B023
             report.add(name, f"t = {read_time}: log-density of {what}", estimate, N, "nats/token")
@@ -441,11 +450,9 @@ def main():
     if o.tasks:
         return run_tasks(model, jobs, o, given)
 
-    if n_processes() > 1:
-        raise ValueError("several processes share out the lines of --tasks; the diagnostics take one process")
     corpus = data.open_tokens(o.data)
     data.check_same(corpus.tokenizer, model.tokenizer)
-    data.check_shape(1, 1, o.seq_len, model.vae.config)
+    data.check_shape(n_processes(), 1, o.seq_len, model.vae.config)
     data.check_length(len(corpus.train), len(corpus.val), 1, o.seq_len + CONTEXT)
     rows = data.even_batch(corpus.val, o.num_sequences, o.seq_len + CONTEXT)
     before, idx = rows[:, :CONTEXT].tolist(), rows[:, CONTEXT:].to(device)
@@ -465,7 +472,7 @@ def main():
         if "likelihood" in o.sections:
             chosen = torch.linspace(0, len(idx) - 1, min(o.likelihood_sequences, len(idx))).long()
             likelihood(report, model, idx[chosen], read_times, o)
-        if o.plot:
+        if o.plot and rank() == 0:
             plot(report.folder, report.sections, model, idx, o.seed)
     print(f"\n± is the standard error over sequences (jackknife); all figures are in {report.folder}/report.json")
 

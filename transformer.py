@@ -155,7 +155,8 @@ def attend(q, k, v, layout, cache=None, layer=0):
     same batch.
     """
     if isinstance(layout.mask, BlockMask):
-        return (compiled_flex_attention() if q.is_cuda else flex_attention)(q, k, v, block_mask=layout.mask)
+        flex = compiled_flex_attention() if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
+        return flex(q, k, v, block_mask=layout.mask)
     if cache is None:
         if q.requires_grad and q.device.type == "cpu":  # training: in bf16 2 to 3 times as fast as the fused kernel
             return plain_attention(q, k, v, layout.mask)
@@ -170,7 +171,7 @@ def attend(q, k, v, layout, cache=None, layer=0):
 
 @functools.cache
 def compiled_flex_attention():
-    """FlexAttention is a fast kernel only if compiled."""
+    """FlexAttention is a fast kernel only if compiled; in a compiled block it is anyway."""
     return torch.compile(flex_attention, dynamic=False)
 
 

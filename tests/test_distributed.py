@@ -246,3 +246,16 @@ def test_benchmarks_are_shared_out(alone, tmp_path):
     (tmp_path / "out1" / "lambada.jsonl").write_text("".join(written[0].splitlines(keepends=True)[:2]))
     processes(evaluate.main, f"{start} --out out1", tmp_path)
     assert (tmp_path / "out1" / "lambada.jsonl").read_text() == written[0]
+
+
+def test_diagnostics_do_not_depend_on_the_number_of_processes(alone, tmp_path):
+    start = f"--model {alone}/adamw-prior --data {alone}/adamw-vae/data --num-sequences 20 --likelihood-sequences 20"
+    options = "--seq-len 32 --ode-steps 2 --samples 1 --steps 2 --read-times 0 --device cpu"
+    reports = []
+    for n in (1, 2):
+        codes, outputs = processes(evaluate.main, f"{start} {options} --out out{n}", tmp_path, n=n)
+        assert codes == [0] * n, outputs
+        reports.append(json.loads((tmp_path / f"out{n}" / "report.json").read_text())["sections"])
+    for section, figures in reports[0].items():
+        for name, figure in figures.items():
+            assert figure["value"] == pytest.approx(reports[1][section][name]["value"], rel=1e-4, abs=1e-6), name

@@ -11,7 +11,7 @@ import vae
 from cola import ColaDLM
 from dit import DiT, DiTConfig
 from flow import flow_matching_loss, sample_times, simulated_prompts, solve, training_layout
-from transformer import Layout, block_mask
+from transformer import Layout, block_mask, compile_blocks
 from vae import Posterior, TextVAE, VAEConfig, vae_loss
 
 BLOCK, d, V = 4, 8, 30
@@ -211,6 +211,8 @@ def test_flex_attention_is_the_same_computation():
     layouts = [training_layout(n, BLOCK, dit.rope, z.device, flex) for flex in (False, True)]
     dense, flex = (dit(z, t, index, layout=layout) for layout in layouts)
     torch.testing.assert_close(flex, dense)
+    compile_blocks(dit, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(dit(z, t, index, layout=layouts[1]), dense)
     same = training_layout(n, BLOCK, dit.rope, z.device, True)
     assert same.mask is layouts[1].mask  # made once per shape
 
