@@ -28,7 +28,7 @@ from budget import decoder_flops, dit_flops, prior_step_flops, vae_step_flops
 from cola import ColaDLM, block_generators
 from common import option
 from dit import DiT, modulate, pairs
-from flow import flow_matching_loss, guide
+from flow import clean_length, flow_matching_loss, guide
 from transformer import block_mask, compile_blocks, rotate
 from vae import TextVAE, vae_loss
 
@@ -113,7 +113,7 @@ def slow_velocity(dit, z, t, pos, mask, cache=None, kept=None):
 def slow_loss(dit, z0, z1, t):
     """`flow_matching_loss`."""
     B, n, d = z0.shape
-    n_clean, device = (n - 1) // dit.config.block_size * dit.config.block_size, z0.device
+    n_clean, device = clean_length(n, dit.config.block_size), z0.device
     row = torch.arange(B, device=device).repeat_interleave(n_clean + n)
     pos = torch.cat([torch.arange(n_clean), torch.arange(n)]).to(device).repeat(B)
     noisy = (torch.arange(n_clean + n, device=device) >= n_clean).repeat(B)
@@ -171,7 +171,7 @@ class Options:
     seq_len: int = option(128, "training: tokens of a sequence", low=2)
     batch_size: int = option(16, "training: sequences of a step", low=1)
     new_tokens: int = option(256, "generation: tokens of each row", low=1)
-    rows: tuple = option(("1", "8", "64"), "generation: rows of a batch")
+    rows: tuple = option((1, 8, 64), "generation: rows of a batch", low=1)
     steps: int = option(16, "generation: steps of the solver", low=1)
     cfg_scale: float = option(3.0, "generation: guidance", low=0.0)
     compile: bool = option(False, "compile the blocks in training and a step of generation (on CUDA as a CUDA graph)")
@@ -246,22 +246,22 @@ def training(o, model, device, table, rate):
 
         return step, B * prior_step_flops(dit.config, vae.config, L // vae.config.patch_size)
 
-    def measure(name, made, n_tokens, memory=True):
+    def measure(name, made, n_tokens):
         step, flops = made
         median = seconds(step, device, o.repeats)
         values = dict(ms=1e3 * median, tokens_per_s=n_tokens / median, TFLOPs_per_s=flops / median / 1e12)
         values["MFU"] = flops / median / rate
-        table.add(name, **values, **(dict(MB=peak_memory(step, device) / 1e6) if memory else {}))
+        table.add(name, **values, MB=peak_memory(step, device) / 1e6)
         return median
 
     L, B = o.seq_len, o.batch_size
     measure(f"stage 1 step, {B} x {L}", stage1(L, B), B * L)
     fast = measure(f"stage 2 step, {B} x {L}", stage2(L, B), B * L)
     if o.slow:
-        step, _ = stage2(L, B, slow_loss)
-        slow = measure(f"stage 2 step, {B} x {L}, slow way", stage2(L, B, slow_loss), B * L)
-        a, b = stage2(L, B)[0](), step()
-        table.add("stage 2 step: gain over the slow way", ratio=slow / fast, loss=a, slow_loss=b)
+        made = stage2(L, B, slow_loss)
+        slow = measure(f"stage 2 step, {B} x {L}, slow way", made, B * L)
+        losses = dict(loss=stage2(L, B)[0](), slow_loss=made[0]())
+        table.add("stage 2 step: gain over the slow way", ratio=slow / fast, **losses)
     if o.growth:
         for factor in (2, 4):
             measure(f"stage 2 step, {factor * B} x {L}", stage2(L, factor * B), factor * B * L)
@@ -300,11 +300,11 @@ def generation(o, model, device, table, rate, bandwidth, latents, label=""):
     def measure(name, rows, **options):
         median = seconds(lambda: run(rows, **options), device, o.repeats)
         n = options.get("n", o.new_tokens)
-        values = dict(ms=1e3 * median, tokens_per_s=rows * n / median, share_of_floor=floor(rows, **options) / median)
+        values = dict(ms=1e3 * median, tokens_per_s=rows * n / median, of_possible=floor(rows, **options) / median)
         table.add(name, **values)
         return median
 
-    for rows in map(int, o.rows):
+    for rows in o.rows:
         fast = measure(f"generation, {rows} rows{label}", rows)
         first = seconds(lambda: run(rows, n=c.block_size), device, o.repeats)  # noqa: B023
         table.add(f"generation, {rows} rows, first block{label}", ms=1e3 * first)
@@ -319,7 +319,7 @@ def generation(o, model, device, table, rate, bandwidth, latents, label=""):
         ratio = table.figures[slow_name]["ms"] / 1e3 / fast
         table.add(f"generation, {rows} rows{label}: gain over the slow way", ratio=ratio, difference=difference)
     if o.growth and not label:
-        rows = int(o.rows[0])
+        rows = o.rows[0]
         measure(f"generation, {rows} rows, twice the steps", rows, steps=2 * o.steps)
         measure(f"generation, {rows} rows, no guidance", rows, cfg_scale=1.0)
         measure(f"generation, {rows} rows, twice the tokens", rows, n=2 * o.new_tokens)

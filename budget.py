@@ -3,13 +3,14 @@
     python train_prior.py --preset 2b --dry-run --devices 64 --passes 2 --fsdp
 
 One multiplication with addition is 2 FLOPs.  A training step costs three forward passes: one forward, two backward.
-Element-wise work, norms and softmax are not counted,
-nor what activation checkpointing computes again: these are the FLOPs of the model, as in MFU.
+Element-wise work, norms and softmax are not counted, nor what activation checkpointing computes again: these are the
+FLOPs of the model, as in MFU.
 """
 
 import torch
 
 from dit import TIME_CHANNELS, DiT, DiTConfig
+from flow import clean_length
 from vae import MAX_LOGITS, TextVAE
 
 PEAK = 989e12  # bf16 FLOP/s of an H100, for orientation
@@ -62,7 +63,7 @@ def vae_step_flops(c, n, masked_view=True):
 
 def prior_step_flops(c, vae, n, joint=False, masked_view=True, cached=False):
     """Training, of one sequence of n latents: [clean | noisy] through the DiT, and the VAE, frozen or trained along."""
-    n_clean = (n - 1) // c.block_size * c.block_size
+    n_clean = clean_length(n, c.block_size)
     keys = (n + c.block_size) / 2
     prior = 3 * ((n_clean + n) * dit_flops(c, keys) + 2 * modulation_flops(c))
     encode = 0 if cached else n * encoder_flops(vae, keys)  # by the frozen VAE, or the reference
@@ -118,5 +119,3 @@ def report(o, vae, dit=None):
     }
     for name, value in lines.items():
         print(f"{name:22} {value}")
-
-

@@ -184,12 +184,12 @@ class ColaDLM(nn.Module):
         rows, left = list(range(B)), [max_new_tokens] * B  # rows in the batch; new tokens that each row still needs
         row_ids = list(range(B) if row_ids is None else row_ids)
 
-        # 1. Encode the prompts.  Whole blocks are history; the latents left over open the first generated block, and
-        # the tokens left over are the slots of that block which are not new.
+        # 1. Encode the prompts.  Whole blocks are history; what is left over opens the first generated block.  (Of a
+        # prompt of 20 tokens, with blocks of 16, 16 are history and 4 are the first of the next block.)
         n_latents = torch.tensor([-(-len(row) // c.patch_size) for row in ids])  # (B,)
         n_history = n_latents // block_size * block_size  # (B,)
-        n_slots = [max(len(row) - int(h) * c.patch_size, 0) for row, h in zip(ids, n_history, strict=True)]
-        n_blocks = max(-(-(slots + max_new_tokens) // chunk) for slots in n_slots)
+        n_left_over = [max(len(row) - int(h) * c.patch_size, 0) for row, h in zip(ids, n_history, strict=True)]
+        n_blocks = max(-(-(old + max_new_tokens) // chunk) for old in n_left_over)
         if noise is not None:
             noise = torch.as_tensor(noise)
             if noise.dim() != 4 or len(noise) == 0 or noise.shape[1:] != (B, block_size, d):
@@ -214,11 +214,11 @@ class ColaDLM(nn.Module):
             vae_cache.commit(n_history)
 
         # "Clean repaint": latents of the first block that the prompt determines are clean (time 0) and do not move.
-        clean = torch.arange(block_size) < (n_latents - n_history)[:, None]  # (B, block_size)
+        is_clean = torch.arange(block_size) < (n_latents - n_history)[:, None]  # (B, block_size)
         clean_z = torch.zeros(B, block_size, d, device=device)
-        for i in clean.any(1).nonzero()[:, 0].tolist():
+        for i in is_clean.any(1).nonzero()[:, 0].tolist():
             clean_z[i] = prompt_z[i, n_history[i] : n_history[i] + block_size]
-        clean = clean.to(device) if clean.any() else None
+        is_clean = is_clean.to(device) if is_clean.any() else None
 
         seen = torch.zeros(B, c.vocab_size, dtype=torch.bool, device=device)  # ids predicted in earlier blocks
         for b in range(n_blocks):
@@ -226,9 +226,9 @@ class ColaDLM(nn.Module):
             generators = block_generators(seed, [row_ids[row] for row in rows], b)
             z = torch.stack([torch.randn(block_size, d, generator=g) for g in generators])
             z = (z if noise is None else noise[b, rows]).to(device, torch.float32)  # (B, block_size, d)
-            if clean is not None:
-                z = torch.where(clean[..., None], clean_z, z)
-            velocity = self.guided_velocity(modulation, dit_cache, cfg_scale, clean)
+            if is_clean is not None:
+                z = torch.where(is_clean[..., None], clean_z, z)
+            velocity = self.guided_velocity(modulation, dit_cache, cfg_scale, is_clean)
             z = solve(velocity, z, times, solver)
 
             # 4. Latents to tokens, once.
@@ -239,7 +239,7 @@ class ColaDLM(nn.Module):
             tokens = pick_tokens(logits, uniform, temperature, top_k, top_p)  # (B, chunk)
             seen.scatter_(1, tokens, True)
             last = b == n_blocks - 1
-            new = [tokens[slots:] for tokens, slots in zip(tokens.tolist(), n_slots, strict=True)]
+            new = [row[old:] for row, old in zip(tokens.tolist(), n_left_over, strict=True)]
             yield Block(z, new, last, rows)
 
             # 5. The finished block becomes history, at t = 0, for the rows that go on.
@@ -256,18 +256,19 @@ class ColaDLM(nn.Module):
             self.step(z, None, None, at_zero, layout, dit_cache)
             dit_cache.commit(block_size)
             vae_cache.commit(block_size)
-            clean, n_slots = None, [0] * len(rows)
+            is_clean, n_left_over = None, [0] * len(rows)
 
-    def guided_velocity(self, modulation, cache, cfg_scale, clean):
+    def guided_velocity(self, modulation, cache, cfg_scale, is_clean):
         """The velocity of one block as a function (z (B, block_size, d), step) -> (B, block_size, d).
 
         Rows without a history are not guided: there both branches are one and the same, and guidance would only
-        amplify rounding errors.  `clean` latents (bool, (B, block_size), or None) do not move."""
+        amplify rounding errors.  Latents where `is_clean` (bool (B, block_size), or None) do not move."""
         guided = (cache.length > 0) & (cfg_scale != 1)
         copies = 2 if guided.any() else 1
         scale = torch.where(guided, cfg_scale, 1.0).to(self.device)[:, None, None]
         layout = self.dit.layout(self.dit.config.block_size, self.device, cache, copies)
-        time_index = None if clean is None else clean.long().repeat(copies, 1)  # 0: the time of this step, 1: time 0
+        # 0: the time of this step, 1: time 0
+        time_index = None if is_clean is None else is_clean.long().repeat(copies, 1)
 
         def velocity(z, i):
             # Both branches in one batch; the second half has no rows in the cache, hence no history.
@@ -276,7 +277,7 @@ class ColaDLM(nn.Module):
                 v = guide(*v.chunk(2), scale)
             elif self.static:
                 v = v.clone()  # a CUDA graph writes its next result to the same place
-            return v if clean is None else v.masked_fill(clean[..., None], 0.0)
+            return v if is_clean is None else v.masked_fill(is_clean[..., None], 0.0)
 
         return velocity
 
@@ -299,12 +300,12 @@ class ColaDLM(nn.Module):
         before, after = prompt_ids(self.tokenizer, prompts), prompt_ids(self.tokenizer, responses)
         whole = [a + b for a, b in zip(before, after, strict=True)]
         row_ids = list(range(len(whole)) if row_ids is None else row_ids)
-        prompts = list(dict.fromkeys(zip(map(tuple, before), row_ids, strict=True)))  # each but once
-        rows, their_ids = [list(ids) for ids, _ in prompts], [row_id for _, row_id in prompts]
+        keys = list(zip(map(tuple, before), row_ids, strict=True))
+        unique = list(dict.fromkeys(keys))  # a prompt with many responses is computed once, behind the whole texts
+        rows, their_ids = [list(ids) for ids, _ in unique], [row_id for _, row_id in unique]
         log_p = self.log_prob(whole + rows, n_samples, row_ids=row_ids + their_ids, **options)
-        of_prompt = dict(zip(prompts, log_p[len(whole) :], strict=True))
-        of_rows = [of_prompt[key] for key in zip(map(tuple, before), row_ids, strict=True)]
-        return log_p[: len(whole)] - torch.stack(of_rows)
+        of_prompt = dict(zip(unique, log_p[len(whole) :], strict=True))
+        return log_p[: len(whole)] - torch.stack([of_prompt[key] for key in keys])
 
     @torch.no_grad()
     def log_weights(self, ids, n_samples=1, steps=128, read_time=0.0, exact=False, pad_id=None, seed=0, row_ids=None):

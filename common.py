@@ -32,7 +32,7 @@ def option(default, help, low=None, high=None, choices=None):
 class TrainingOptions:
     """What both training scripts let a user choose, with the same defaults."""
 
-    passes: int = option(1, "passes per step of a process, each with its share of the batch: less memory", low=1)
+    passes: int = option(1, "gradient accumulation: forward passes of a process per step, for less memory", low=1)
     fsdp: bool = option(False, "under torchrun, shard weights and optimizer over the processes: less memory")
     checkpointing: bool = option(False, "compute activations again for the gradient: less memory, a third more time")
     compile: bool = option(False, "compile the models: faster on a GPU, after a minute or more")
@@ -52,7 +52,8 @@ class TrainingOptions:
 
 @dataclasses.dataclass
 class SamplingOptions:
-    """How sample.py, judge.py and evaluate.py sample, with the same defaults: options of `ColaDLM.stream`, by name."""
+    """How sample.py, judge.py and evaluate.py sample: options of `ColaDLM.stream`, by name, with the same defaults for
+    the three (the library's own are those of the released model)."""
 
     max_new_tokens: int = option(64, "at most so many new tokens a sample", low=1)
     steps: int = option(16, "steps of the ODE solver per block", low=1)
@@ -97,7 +98,8 @@ def parse_options(cls, description, presets=None, argv=None):
         if isinstance(field.default, bool):
             kwargs["action"] = argparse.BooleanOptionalAction
         elif isinstance(field.default, tuple):
-            kwargs.update(nargs="+", type=str, metavar="TEXT")
+            kind = type(field.default[0]) if field.default else str
+            kwargs.update(nargs="+", type=kind, metavar="TEXT" if kind is str else kind.__name__.upper())
         else:
             kwargs.update(type=type(field.default), choices=field.metadata["choices"])
             kwargs["metavar"] = None if field.metadata["choices"] else type(field.default).__name__.upper()
@@ -106,11 +108,12 @@ def parse_options(cls, description, presets=None, argv=None):
     for field in fields:
         low, high = field.metadata["low"], field.metadata["high"]
         value = given.get(field.name, field.default)
-        if isinstance(value, float) and not math.isfinite(value):
-            parser.error(f"{flag(field.name)} {value} is out of range: it must be a finite number")
-        if (low is not None and value < low) or (high is not None and value > high):
-            allowed = f"at least {low}" if high is None else f"between {low} and {high}"
-            parser.error(f"{flag(field.name)} {value} is out of range: it must be {allowed}")
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                parser.error(f"{flag(field.name)} {number} is out of range: it must be a finite number")
+            if (low is not None and number < low) or (high is not None and number > high):
+                allowed = f"at least {low}" if high is None else f"between {low} and {high}"
+                parser.error(f"{flag(field.name)} {number} is out of range: it must be {allowed}")
     preset = (presets or {}).get(given.get("preset"), {})
     return cls(**(preset | given)), set(given)
 
@@ -280,7 +283,7 @@ def parts_of_batch(idx, passes, seed, step):
 def step_generator(seed, step, device, part=0):
     """Random numbers of one part of a training step: they depend on nothing else, so a resumed run draws the same.
 
-    On a CPU only 32 bits of a seed count; multiples of 2^32 over the golden ratio lie evenly among them."""
+    On a CPU only 32 bits of a seed count; the large odd factor keeps those of steps and parts apart."""
     return torch.Generator(device).manual_seed(seed * 1_000_003 + step + part * 2_654_435_761)
 
 

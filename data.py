@@ -469,11 +469,15 @@ def open_tokens(folder):
     return Corpus(*splits, tokenizer)
 
 
-def check_shape(batch_size, passes, seq_len, vae_config):
-    """Raises ValueError if blocks do not fill a sequence, or a batch does not split evenly into everybody's passes."""
+def check_seq_len(seq_len, vae_config):
+    """Raises ValueError if blocks do not fill a sequence."""
     chunk = vae_config.block_size * vae_config.patch_size
     if seq_len % chunk:
         raise ValueError(f"--seq-len {seq_len} must be a multiple of block_size * patch_size = {chunk}")
+
+
+def check_batch(batch_size, passes):
+    """Raises ValueError if a batch does not split evenly into everybody's passes."""
     if batch_size % (passes * n_processes()):
         times = f" times {n_processes()} processes" if n_processes() > 1 else ""
         raise ValueError(f"--batch-size {batch_size} must be a multiple of --passes {passes}{times}")

@@ -47,7 +47,7 @@ class DiTConfig:
 
 
 def pairs(x):
-    """The partners in the DiT (see `transformer.rotate`): channels 2i and 2i + 1."""
+    """The partners in the DiT (see `transformer.rotate`): channels 2i and 2i + 1, as in GPT-J."""
     return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
 
 
@@ -214,7 +214,7 @@ class DiT(nn.Module):
             layout = self.layout(z.shape[1], z.device, cache, 1 if cache is None else len(z) // cache.batch_size)
 
         if modulation is None:
-            modulation = self.modulation(t.view(len(t), -1))  # (B or 1, T, 6 M + 2, C)
+            modulation = self.modulation(t.view(len(t), -1))  # (B or 1, T, 6 n_layer + 2, C)
         choice = None
         if time_index is not None:
             choice = F.one_hot(time_index, modulation.shape[1]).to(modulation.dtype)  # (B or 1, n, T)

@@ -31,6 +31,7 @@ from common import (
     DTYPES,
     SamplingOptions,
     check_new,
+    flag,
     option,
     parse_options,
     pick_device,
@@ -40,6 +41,7 @@ from common import (
 )
 from flow import layout_velocity, solve, velocity_error
 from processes import collect, first_process_first, join_processes, n_processes, rank
+from vae import Posterior
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Figures
@@ -97,6 +99,7 @@ def in_batches(function, *tensors, batch_size=32):
 
 
 def noise_like(x, seed):
+    """Draws from N(0, I), the same on every device."""
     return torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x.device)
 
 
@@ -109,7 +112,7 @@ def reconstruction(report, model, idx, seed):
     vae, N = model.vae, len(idx)
     found = in_batches(lambda x: vae.likeliest(vae.encode(x).mu), idx)
     right = (found == idx).float()  # (N, L)
-    z0 = in_batches(lambda x, e: vae.encode(x).at(e), idx, noise_like(latents_of(model, idx), seed))
+    z0 = in_batches(lambda x, e: vae.encode(x).at(e), idx, noise_like(empty_latents(model, idx), seed))
     nats = -in_batches(vae.log_likelihood, z0, idx)
     texts = [[words_of(model.tokenizer, row) for row in rows.tolist()] for rows in (found, idx)]
     counts = torch.tensor([ngram_matches(a, b) for a, b in zip(*texts, strict=True)], dtype=torch.float64)
@@ -132,8 +135,8 @@ def reconstruction(report, model, idx, seed):
     report.add(name, "accuracy by noise level t", jackknife(lambda i: right[:, i].mean((1, 2)), N), N, "", times)
 
 
-def latents_of(model, idx):
-    """An empty tensor of the shape of the latents of idx."""
+def empty_latents(model, idx):
+    """A tensor of the shape of the latents of idx."""
     c = model.vae.config
     return torch.empty(len(idx), idx.shape[1] // c.patch_size, c.latent_dim, device=idx.device)
 
@@ -181,13 +184,12 @@ def compression(report, model, idx, seed):
     """How much does the latent hold?  idx (N, L)"""
     p, N = model.vae.config.patch_size, len(idx)
     mu, logvar = in_batches(lambda x: torch.stack([(q := model.vae.encode(x)).mu, q.logvar], 1), idx).unbind(1)
-    kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar)  # (N, n, d), to N(0, I)
+    kl = Posterior(mu, logvar).kl_by_channel()  # (N, n, d)
 
     name = "compression"
     report.add(name, "KL", jackknife(lambda i: kl[i].sum(-1).mean() / p, N), N, "nats/token")
     report.add(name, "KL in bits", jackknife(lambda i: kl[i].sum(-1).mean() / p / math.log(2), N), N, "bits/token")
-    signal = jackknife(lambda i: torch.log(mu[i].square().mean() / logvar[i].exp().mean()), N)
-    report.add(name, "log SNR", signal, N, "")
+    report.add(name, "log SNR", jackknife(lambda i: Posterior(mu[i], logvar[i]).log_snr(), N), N, "")
     active = jackknife(lambda i: (mu[i].flatten(0, 1).var(0) > ACTIVE).sum(), N)
     report.add(name, f"active dimensions of {kl.shape[-1]}", active, N, "")
 
@@ -232,7 +234,7 @@ def mutual_information(log_q):
 def prior_fit(report, model, idx, before, corpus, settings, seed):
     """Does the prior match the latents?  idx (N, L); before: the tokens before each row, lists of ids."""
     N, dit, block_size = len(idx), model.dit, model.dit.config.block_size
-    eps = noise_like(latents_of(model, idx), seed)
+    eps = noise_like(empty_latents(model, idx), seed)
     z0 = in_batches(lambda x, e: model.vae.to_dit(model.vae.encode(x).at(e)), idx, eps)  # (N, n, d)
     bins = [i / 10 for i in range(10)]
     z1, u = noise_like(z0, seed + 1), torch.rand(N, generator=torch.Generator().manual_seed(seed)).to(z0.device)
@@ -313,14 +315,14 @@ def energy_distance(a, b):
 # Likelihood
 
 
-def likelihood(report, model, idx, read_times, o):
+def likelihood(report, model, idx, o):
     """log p(x) of idx (N, L): ELBO and IWAE with o.samples draws, by the time at which the decoder reads.
 
     The rows are shared out over the processes, eight at a time."""
     N, ids = len(idx), idx.tolist()
     n_bytes = torch.tensor([len(judge.text_of(model.tokenizer, row)) for row in ids])
     name = "likelihood"
-    for read_time in read_times:
+    for read_time in o.read_times:
         options = dict(n_samples=o.samples, steps=o.ode_steps, read_time=read_time, exact=o.exact, seed=o.seed)
         batches = range(0, N, 8)[rank() :: n_processes()]
         weights = [
@@ -406,10 +408,13 @@ SECTIONS = ("reconstruction", "compression", "prior", "likelihood")
 CONTEXT = 16  # tokens before each held-out sequence that the n-gram judge reads
 
 
+BENCHMARKS_ONLY = ("max_new_tokens", "task_data", "rank", "rank_time", "dtype", "limit", "batch_size")
+
+
 @dataclass
 class Options(SamplingOptions):
     model: str = option("runs/cola", "folder in the released layout")
-    out: str = option("runs/evaluation", "folder of report.json, generations and figures")
+    out: str = option("", "folder of all results; default runs/evaluation, with --tasks runs/benchmarks")
     device: str = option("auto", "auto, cpu, cuda, mps")
     # diagnostics
     data: str = option("runs/vae/data", "folder of the training and held-out tokens")
@@ -420,10 +425,10 @@ class Options(SamplingOptions):
     samples: int = option(2, "likelihood: draws from the posterior", low=1)
     ode_steps: int = option(128, "likelihood: steps of the ODE solver", low=1)
     exact: bool = option(False, "likelihood: exact divergence, d * block_size times as long; then IWAE is a bound")
-    read_times: tuple = option(("0", "0.4"), "likelihood: times at which the decoder reads (cola.log_weights)")
+    read_times: tuple = option((0.0, 0.4), "likelihood: when the decoder reads (cola.log_weights)", low=0.0, high=0.99)
     plot: bool = option(False, "write figures as PNG; needs matplotlib")
     # benchmarks
-    tasks: str = option("", f"benchmarks instead, separated by commas: {','.join(tasks.TASKS)}, or all")
+    tasks: str = option("", f"benchmarks instead: {','.join(tasks.TASKS)}, or all; with --score, the task of the files")
     task_data: str = option("benchmarks", "folder of task.jsonl files")
     rank: bool = option(False, "choose the likeliest of the choices instead of generating")
     rank_time: float = option(0.0, "with --rank: when the decoder reads (cola.log_weights)", low=0.0, high=0.99)
@@ -436,8 +441,10 @@ class Options(SamplingOptions):
 def main():
     o, given = parse_options(Options, __doc__)
     if o.score:
-        return tasks.score_files(o.score, o.tasks, Path(o.out) if "out" in given else None)
-    read_times = [parse_time(text) for text in o.read_times]
+        return tasks.score_files(o.score, o.tasks, Path(o.out) if o.out else None)
+    o.out = o.out or ("runs/benchmarks" if o.tasks else "runs/evaluation")
+    if not o.tasks and (useless := given & set(BENCHMARKS_ONLY)):
+        raise ValueError(f"{flag(min(useless))} is for --tasks: leave it out")
     if unknown := set(o.sections) - set(SECTIONS):
         raise ValueError(f"unknown section {sorted(unknown)[0]}: choose among {' '.join(SECTIONS)}")
     if o.plot and importlib.util.find_spec("matplotlib") is None:
@@ -452,7 +459,7 @@ def main():
 
     corpus = data.open_tokens(o.data)
     data.check_same(corpus.tokenizer, model.tokenizer)
-    data.check_shape(n_processes(), 1, o.seq_len, model.vae.config)
+    data.check_seq_len(o.seq_len, model.vae.config)
     data.check_length(len(corpus.train), len(corpus.val), 1, o.seq_len + CONTEXT)
     rows = data.even_batch(corpus.val, o.num_sequences, o.seq_len + CONTEXT)
     before, idx = rows[:, :CONTEXT].tolist(), rows[:, CONTEXT:].to(device)
@@ -471,7 +478,7 @@ def main():
             prior_fit(report, model, idx, before, corpus, o.settings(), o.seed)
         if "likelihood" in o.sections:
             chosen = torch.linspace(0, len(idx) - 1, min(o.likelihood_sequences, len(idx))).long()
-            likelihood(report, model, idx[chosen], read_times, o)
+            likelihood(report, model, idx[chosen], o)
         if o.plot and rank() == 0:
             plot(report.folder, report.sections, model, idx, o.seed)
     print(f"\n± is the standard error over sequences (jackknife); all figures are in {report.folder}/report.json")
@@ -497,16 +504,6 @@ def run_tasks(model, jobs, o, given):
             raise ValueError(f"{o.out} holds results of another model or with other options: choose another --out")
     eos_id = model.tokenizer.eot_token
     tasks.run(model, jobs, Path(o.out), settings | dict(eos_id=eos_id), o.batch_size, ranking)
-
-
-def parse_time(text):
-    try:
-        time = float(text)
-    except ValueError:
-        time = math.nan
-    if not 0 <= time < 1:
-        raise ValueError(f"--read-times {text} is out of range: a time is at least 0 and below 1")
-    return time
 
 
 if __name__ == "__main__":

@@ -41,35 +41,40 @@ def flow_matching_loss(dit, z0, z1, t, prompt=None, valid=None):
 
     History and target are constants; in joint training the gradient reaches the encoder through z_t alone, or it could
     shorten the loss by moving its own target."""
-    still = torch.zeros(z0.shape[:2], dtype=torch.bool, device=z0.device) if prompt is None else prompt
-    counts = ~still if valid is None else ~still & valid
-    return (velocity_error(dit, z0, z1, t, still) * counts).sum() / counts.sum().clamp(min=1)
+    is_clean = torch.zeros(z0.shape[:2], dtype=torch.bool, device=z0.device) if prompt is None else prompt
+    counts = ~is_clean if valid is None else ~is_clean & valid
+    return (velocity_error(dit, z0, z1, t, is_clean) * counts).sum() / counts.sum().clamp(min=1)
 
 
-def velocity_error(dit, z0, z1, t, still=None):
-    """(v - (z1 - z0))^2 at z_t, the mean over channels: (B, n).  Arguments as in `flow_matching_loss`."""
+def velocity_error(dit, z0, z1, t, is_clean=None):
+    """(v - (z1 - z0))^2 at z_t, the mean over channels: (B, n).  is_clean: the prompt of `flow_matching_loss`."""
     clean = z0.detach()
     zt = torch.lerp(z0, z1, t[:, None, None])
-    if still is not None:
-        zt = torch.where(still[..., None], clean, zt)
-    return (layout_velocity(dit, clean, zt, t, still) - (z1 - clean)).square().mean(-1)
+    if is_clean is not None:
+        zt = torch.where(is_clean[..., None], clean, zt)
+    return (layout_velocity(dit, clean, zt, t, is_clean) - (z1 - clean)).square().mean(-1)
 
 
-def layout_velocity(dit, clean, zt, t, still=None, layout=None):
+def clean_length(n, block_size):
+    """Latents of n that are history to others: all but those of the last block."""
+    return (n - 1) // block_size * block_size
+
+
+def layout_velocity(dit, clean, zt, t, is_clean=None, layout=None):
     """The velocity of all blocks of a sequence in one pass, each with its own clean history.  (B, n, d)
 
-    clean (B, n, d): the finished latents; zt (B, n, d): every block on its way; t (B or 1,); still: bool (B, n), which
-    latents of zt are clean and have time 0; layout: of `training_layout`, to use it again.
+    clean (B, n, d): the finished latents; zt (B, n, d): every block on its way; t (B or 1,); is_clean: bool (B, n),
+    which latents of zt are clean and have time 0; layout: of `training_layout`, to use it again.
 
     Layout: [clean without its last block | zt], both at the same positions, so that every noisy block is predicted from
     exactly the clean history that the sampler's cache would hold; the last clean block is nobody's history."""
     n, block_size = zt.shape[1], dit.config.block_size
-    n_clean = (n - 1) // block_size * block_size
-    still = torch.zeros(1, n, dtype=torch.long, device=zt.device) if still is None else still.long()
+    n_clean = clean_length(n, block_size)
+    is_clean = torch.zeros(1, n, dtype=torch.long, device=zt.device) if is_clean is None else is_clean.long()
     v = dit(
         torch.cat([clean[:, :n_clean], zt], dim=1),  # (B, n_clean + n, d)
         t=torch.stack([t, torch.zeros_like(t)], dim=1),
-        time_index=F.pad(still, (n_clean, 0), value=1),  # 1: time 0, of all that is clean
+        time_index=F.pad(is_clean, (n_clean, 0), value=1),  # 1: time 0, of all that is clean
         layout=layout or training_layout(n, block_size, dit.rope, zt.device),
     )
     return v[:, n_clean:]
@@ -80,7 +85,7 @@ def training_layout(n, block_size, rope, device, flex=None):
     rope: a function pos (1, N) -> table.
 
     flex: with a mask for FlexAttention; default on CUDA."""
-    n_clean = (n - 1) // block_size * block_size
+    n_clean = clean_length(n, block_size)
     pos = torch.cat([torch.arange(n_clean), torch.arange(n)])[None]
     noisy = torch.arange(n_clean + n) >= n_clean
     block = pos // block_size

@@ -164,7 +164,8 @@ def main():
         distinct, words, lines, copied = describe(texts, contexts, known)
         score = f"{mean:.3f} ± {error:.3f}"
         print(f"{name:{width}}  {score}  {distinct:10.2f}  {words:11.2f}  {lines:9.2f}  {copied:6} bytes")
-    print(f"{o.num_samples} texts of {o.max_new_tokens} tokens in each row; ± is the standard error over texts")
+    files = ", but of files all texts" if o.texts else ""
+    print(f"{o.num_samples} texts of {o.max_new_tokens} tokens in each row{files}; ± is the standard error over texts")
 
 
 if __name__ == "__main__":

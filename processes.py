@@ -39,20 +39,26 @@ def join_processes(device):
         raise ValueError(f"torchrun works with cuda and cpu only: --device {device.type} takes one process")
     backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
     dist.init_process_group(backend, timeout=timedelta(hours=2), device_id=device_id)  # tokenizing may take long
-    dist.barrier()
+    wait_for_all()
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return device
+
+
+def wait_for_all():
+    """Go on when all processes are here."""
+    if under_torchrun():
+        dist.barrier()
 
 
 @contextmanager
 def first_process_first():
     """The other processes enter after the first has left."""
     if rank() > 0:
-        dist.barrier()
+        wait_for_all()
     yield
-    if under_torchrun() and rank() == 0:
-        dist.barrier()
+    if rank() == 0:
+        wait_for_all()
 
 
 class Objective(nn.Module):
@@ -84,7 +90,8 @@ def distribute(objective, groups, device, fsdp=False, bf16=False):
 
     warnings.filterwarnings("ignore", ".*returned a view tensor")  # which matters to those who write into it
     mesh = init_device_mesh(device.type, (n_processes(),))
-    fp32 = policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # positions need all their digits
+    fp32 = MixedPrecisionPolicy(cast_forward_inputs=False)  # positions need all their digits
+    policy = fp32
     if bf16:
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         for norm in [m for m in objective.modules() if isinstance(m, nn.LayerNorm) and m.elementwise_affine]:
@@ -95,7 +102,8 @@ def distribute(objective, groups, device, fsdp=False, bf16=False):
 
 
 def whole(model):
-    """The model itself or, if it is sharded, a copy on the CPU, with weights in the first process only.  Collective."""
+    """The model itself or, if it is sharded, its unsharded copy on the CPU, with weights in the first process only.
+    Collective."""
     if not any(hasattr(p, "full_tensor") for p in model.parameters()):
         return model
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -109,7 +117,8 @@ def whole(model):
 
 
 def collect(items):
-    """All items, of which each process holds every n-th, from its number on.  Collective."""
+    """All-gather of picklable items: all of them in order, of which each process holds every n-th, from its number on.
+    Collective."""
     shares = [items]
     if under_torchrun():
         shares = [None] * n_processes()

@@ -44,8 +44,7 @@ class Run:
             for name in given - set(self.FREE):
                 if getattr(options, name) != saved[name]:
                     value = " ".join(saved[name]) if isinstance(saved[name], tuple) else saved[name]
-                    message = f"was started with {flag(name)} {value}: resume it without {flag(name)}"
-                    raise ValueError(f"{self.folder} {message}")
+                    raise ValueError(f"{self.folder} goes on with {flag(name)} {value}: resume it without {flag(name)}")
             kept = {name: value for name, value in saved.items() if name not in given | {"resume", "out"}}
             self.options = replace(options, **kept)
         else:

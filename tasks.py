@@ -370,7 +370,9 @@ def score_files(files, name, out):
     write it if there is a folder `out`."""
     rows = []
     for file in map(Path, files):
-        (task,) = names_of(name or file.stem)
+        task, *others = names_of(name or file.stem)
+        if others:
+            raise ValueError(f"--tasks {name}: with --score it says which one task the files are of")
         needed = ["generate", "answer"] + ["choices"] * TASKS[task].by_choice
         lines = read_lines(file, needed)
         rows.append(summary_row(task, [verdict(task, line)["correct"] for line in lines]))

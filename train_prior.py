@@ -40,7 +40,7 @@ class Options(common.TrainingOptions):  # which adds seed, device, resume and th
     n_head: int = option(2, "attention heads", low=1)
     head_dim: int = option(96, "channels of a head", low=2)
     rope_dim: int = option(72, "channels of a head that carry the position", low=2)
-    n_layer: int = option(4, "blocks", low=1)
+    n_layer: int = option(4, "transformer layers", low=1)
     mlp_ratio: int = option(4, "width of the MLP over the width", low=1)
     # objective
     t_loc: float = option(1.0, "times are sigmoid(N(t_loc, t_scale)); the paper: 1 for d = 16, 1.7 for 64, 2.3 for 128")
@@ -70,7 +70,7 @@ class Options(common.TrainingOptions):  # which adds seed, device, resume and th
 
 PRESETS = {  # "small" is what stands above
     "2b": dict(
-        dim=2048, n_head=16, head_dim=128, rope_dim=96, n_layer=24, t_loc=1.0, joint=True,
+        dim=2048, n_head=16, head_dim=128, rope_dim=96, n_layer=24, joint=True,
         steps=200_000, batch_size=1408, passes=88, seq_len=512, lr=1.5e-4, final_lr=1e-5, warmup=5000, save_every=1000,
         optimizer="adamw", decoder_noise=0.0, checkpointing=True,
         ema=0.9999,  # not the paper's, which does not mention one
@@ -160,10 +160,10 @@ def cached_latents(vae, tokens, seq_len, file):
             posterior = vae.encode(idx)
             cache[part] = torch.stack([posterior.mu, posterior.logvar], dim=2).cpu().numpy()
         cache.flush()
-        processes.collect([])  # all are done
+        processes.wait_for_all()  # who may not be done
         if rank == 0:
             unfinished.rename(file)
-        processes.collect([])
+        processes.wait_for_all()
     return np.memmap(file, np.float16, "r", shape=shape)
 
 
@@ -182,15 +182,15 @@ def main():
     vae = load_vae(source, device)
     tokenizer = find_tokenizer(source, vae.config.vocab_size, required=True)
     config = config_of(o, vae.config)
-    data.check_shape(o.batch_size, o.passes, o.seq_len, vae.config)
+    data.check_batch(o.batch_size, o.passes)
+    data.check_seq_len(o.seq_len, vae.config)
+    if o.cache_latents and (o.joint or not vae.config.use_variation):
+        raise ValueError("--cache-latents is for a frozen VAE with a variance: leave it out")
     text = o.data or (f"{o.vae}/data",)
     if not o.data and not data.is_prepared(text[0]):
         raise ValueError(f"{o.vae} has no text of its own: name some with --data")
     corpus = data.open_corpus(text, run.folder / "data", lambda: tokenizer, o.batch_size, o.seq_len, o.resume)
     data.check_same(corpus.tokenizer, tokenizer)
-
-    if o.cache_latents and (o.joint or not vae.config.use_variation):
-        raise ValueError("--cache-latents is for a frozen VAE with a variance: leave it out")
 
     # What is trained, its moving average and its optimizer; new or as they were.
     torch.manual_seed(o.seed)

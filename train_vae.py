@@ -32,8 +32,8 @@ class Options(common.TrainingOptions):  # which adds seed, device, resume and th
     dim: int = option(128, "width", low=2)
     ffn_dim: int = option(512, "width of the feed-forward layer before SwiGLU halves it", low=2)
     n_head: int = option(2, "attention heads", low=1)
-    n_encoder_layer: int = option(1, "encoder blocks", low=1)
-    n_decoder_layer: int = option(1, "decoder blocks", low=1)
+    n_encoder_layer: int = option(1, "transformer layers of the encoder", low=1)
+    n_decoder_layer: int = option(1, "transformer layers of the decoder", low=1)
     latent_dim: int = option(32, "channels of a latent", low=2)
     patch_size: int = option(1, "tokens per latent", low=1)
     block_size: int = option(1, "latents per block, the unit of generation", low=1)
@@ -55,21 +55,18 @@ class Options(common.TrainingOptions):  # which adds seed, device, resume and th
 
 PRESETS = {  # "small" is what stands above
     "2b": dict(
-        tokenizer="cl100k_base", dim=1536, ffn_dim=6144, n_head=12, n_encoder_layer=4, n_decoder_layer=4,
-        latent_dim=16, block_size=16, decoder_noise=0.0, optimizer="adamw",
+        tokenizer="cl100k_base", vocab_size=100278, latent_dim=16, block_size=16,
+        dim=1536, ffn_dim=6144, n_head=12, n_encoder_layer=4, n_decoder_layer=4,
         steps=200_000, batch_size=1408, passes=88, seq_len=512, lr=1.5e-4, final_lr=1e-5, warmup=5000, save_every=1000,
-        checkpointing=True,
+        optimizer="adamw", decoder_noise=0.0, checkpointing=True,
     ),
 }  # fmt: skip
 EVAL_SEQUENCES = 128  # held-out sequences behind the figure at the end
 
 
 def config_of(o):
-    """The VAE's configuration; a tokenizer that is not trained here has its own vocabulary size."""
-    config = VAEConfig(**{name: value for name, value in asdict(o).items() if name in VAEConfig.__dataclass_fields__})
-    if o.preset == "2b":
-        config.vocab_size = VAEConfig.vocab_size
-    return config
+    """The VAE's configuration; its vocab_size is a wish until there is a tokenizer."""
+    return VAEConfig(**{name: value for name, value in asdict(o).items() if name in VAEConfig.__dataclass_fields__})
 
 
 def main():
@@ -82,7 +79,8 @@ def main():
 
     # Text, tokens, tokenizer.
     config = config_of(o)
-    data.check_shape(o.batch_size, o.passes, o.seq_len, config)
+    data.check_batch(o.batch_size, o.passes)
+    data.check_seq_len(o.seq_len, config)
 
     def tokenizer():
         return data.make_tokenizer(o.tokenizer, o.vocab_size, o.data)

@@ -129,7 +129,8 @@ class Layout(NamedTuple):
 def make_layout(n, block_size, rope, device, cache=None, copies=1):
     """The Layout of n new latents behind the histories in `cache`; rope: a function pos (.., n) -> table.
 
-    copies: how many times the rows of the cache come, one after the other, in the batch (see `attend`)."""
+    copies: the batch holds the rows of the cache so many times.  With guidance these are 2, first all conditional rows,
+    then all unconditional ones: those behind the first copy have no history (see `attend`)."""
     pos = torch.arange(n)[None] if cache is None else cache.positions(n)  # (1 or B, n)
     block, end = pos // block_size, int(pos.max()) + 1
     if cache is not None and end > cache.max_len:
@@ -137,7 +138,7 @@ def make_layout(n, block_size, rope, device, cache=None, copies=1):
     static = cache is not None and cache.static
     if static:
         pos, end = pos.expand(cache.batch_size, -1), -(-end // STATIC_LEN) * STATIC_LEN
-    if static or len(pos) > 1:  # positions of a row beyond its end count as later blocks
+    if static or len(pos) > 1:  # what the cache holds beyond the end of a row is hidden like later blocks
         mask = block_mask(pos // block_size, torch.arange(end) // block_size)[:, None].to(device)
         return Layout(rope(pos.repeat(copies, 1)), mask, pos.to(device), end=end)
     if block[0, 0] == block[0, -1]:  # one block, which sees itself and the whole history
@@ -150,9 +151,8 @@ def make_layout(n, block_size, rope, device, cache=None, copies=1):
 def attend(q, k, v, layout, cache=None, layer=0):
     """softmax(q k^T / sqrt(D)) v, all (B, H, L, D), with the history in `cache` if there is one.
 
-    A batch may have more rows than the cache: the rows beyond it have no history and see only the positions that
-    come with them, all of them: one block.  Classifier-free guidance runs its unconditional branch that way, in the
-    same batch.
+    A batch may have more rows than the cache.  Those have no history, and are one block, which sees itself: the
+    unconditional branch of classifier-free guidance, in the same batch as the conditional one.
     """
     if isinstance(layout.mask, BlockMask):
         flex = compiled_flex_attention() if q.is_cuda and not torch.compiler.is_compiling() else flex_attention

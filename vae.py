@@ -85,11 +85,15 @@ class Posterior:
 
     def kl(self, other=None):
         """KL to another Posterior, or to N(0, I), in nats per latent.  (B, n)"""
+        return self.kl_by_channel(other).sum(-1)
+
+    def kl_by_channel(self, other=None):
+        """What `kl` sums, (B, n, d); 0, a dropped term, without variance."""
         if self.logvar is None:
-            return torch.zeros_like(self.mu[..., 0])
+            return torch.zeros_like(self.mu)
         mu, logvar = (0.0, torch.zeros_like(self.logvar)) if other is None else (other.mu, other.logvar)
         ratio = torch.exp(self.logvar - logvar) + (self.mu - mu) ** 2 * torch.exp(-logvar)
-        return 0.5 * (ratio - 1.0 + logvar - self.logvar).sum(-1)
+        return 0.5 * (ratio - 1.0 + logvar - self.logvar)
 
     def entropy(self):
         """Differential entropy in nats per latent, -E[log q(z0 | x)]; 0, a dropped term, without variance.  (B, n)"""
@@ -103,7 +107,7 @@ class Posterior:
 
 
 def halves(x):
-    """The partners in the VAE (see `transformer.rotate`): channel i and channel i + D/2."""
+    """The partners in the VAE (see `transformer.rotate`): channel i and channel i + D/2, as in GPT-NeoX."""
     return x.roll(x.shape[-1] // 2, dims=-1)
 
 

@@ -22,7 +22,6 @@ import sample
 import train_prior
 import train_vae
 from cola import ColaDLM
-from vae import VAEConfig
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems do not fork safely")
 STEPS = "--steps 6 --save-every 3"
@@ -201,9 +200,9 @@ def test_parts_of_a_batch(monkeypatch):
 
 def test_a_batch_splits_evenly(monkeypatch):
     as_process(monkeypatch, 1, 2)
-    data.check_shape(8, 2, 8, VAEConfig(block_size=8))
+    data.check_batch(8, 2)
     with pytest.raises(ValueError, match="--batch-size 6 must be a multiple of --passes 2 times 2 processes"):
-        data.check_shape(6, 2, 8, VAEConfig(block_size=8))
+        data.check_batch(6, 2)
 
 
 def test_samples_do_not_depend_on_the_number_of_processes(alone, tmp_path, monkeypatch, capsys):

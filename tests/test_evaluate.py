@@ -242,6 +242,8 @@ def test_ranking_by_likelihood(trained, tmp_path, monkeypatch):
         ("--tasks lambada --model nowhere", "nowhere/cola_vae/config.json does not exist"),
         ("--score in/lambada.jsonl", "in/lambada.jsonl line 1 has no generate"),
         ("--score in/other.jsonl", "there is no task 'other'"),
+        ("--score in/lambada.jsonl --tasks all", "--tasks all: with --score it says which one task"),
+        ("--limit 3", "--limit is for --tasks: leave it out"),
         ("--data {text}/tokens", "the text was tokenized differently"),
         ("--sections everything", "unknown section everything"),
         ("--read-times 1.5", "--read-times 1.5 is out of range"),
@@ -257,7 +259,8 @@ def test_mistakes(trained, text, tmp_path, monkeypatch, capsys, arguments, messa
     write(tmp_path / "in" / "squad.jsonl", [])
     if "tokens" in arguments and not (text / "tokens").exists():
         call(data.main, f"--data {text} --vocab-size 280 --out {text}/tokens", monkeypatch, tmp_path)
-    place = f"--model {trained}/runs/cola --data {trained}/runs/vae/data --task-data in --out out {QUICK}"
+    place = f"--model {trained}/runs/cola --data {trained}/runs/vae/data --out out {QUICK}"
+    place += " --task-data in" * ("--tasks" in arguments)
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         arguments = f"{place} {arguments}".format(trained=trained, text=text)

@@ -151,7 +151,7 @@ def test_resuming_keeps_what_is_not_given_anew(tmp_path):
     resumed = Run(*options(resume=True)).options
     assert (resumed.save_every, resumed.lr, resumed.device) == (7, 0.5, "cpu")
     assert Run(*options(resume=True, save_every=9)).options.save_every == 9
-    with pytest.raises(ValueError, match="was started with --lr 0.5"):
+    with pytest.raises(ValueError, match="goes on with --lr 0.5"):
         Run(*options(resume=True, lr=0.1))
 
 
@@ -230,7 +230,7 @@ def test_help_lists_every_option_with_its_default(script, tmp_path):
         ("train_vae.py", "--out {text}/cats.txt --data {text}", "already holds a file"),
         ("train_vae.py", "--data {text} --dim 1200000", "not enough memory"),
         ("train_vae.py", "--out new --resume", "there is no run to resume"),
-        ("train_vae.py", "--out {trained}/runs/vae --resume --lr 0.5", "was started with --lr 0.002"),
+        ("train_vae.py", "--out {trained}/runs/vae --resume --lr 0.5", "goes on with --lr 0.002"),
         ("train_vae.py", "--data {text} --dim 33", "dim 33 must be a multiple of"),
         ("train_vae.py", "--data {text} --seq-len 30 --patch-size 4", "--seq-len 30 must be a multiple of block_size"),
         ("train_prior.py", "--vae nowhere", "nowhere/cola_vae/config.json does not exist"),
@@ -278,12 +278,15 @@ def test_a_mistake_in_a_real_process(tmp_path):
     assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
 
 
-def test_a_failed_start_leaves_no_trace(text, tmp_path, monkeypatch):
+def test_a_failed_start_leaves_no_trace(trained, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for argument in ("--batch-size 4096", "--dim 33", "--device nonsense", "--data nowhere"):
         with pytest.raises((ValueError, OSError)):
             call(train_vae.main, f"--data {text} {argument} --out out", monkeypatch, tmp_path)
-        assert not any(file.is_file() for file in tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="--cache-latents is for a frozen VAE"):
+        arguments = f"--vae {trained}/runs/vae --data {text} --cache-latents --joint --out out"
+        call(train_prior.main, arguments, monkeypatch, tmp_path)
+    assert not any(file.is_file() for file in tmp_path.rglob("*"))
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "half", "text"])
