@@ -1,6 +1,6 @@
 """What a configuration costs: parameters, FLOPs and memory, counted from the sizes alone.
 
-    python train_prior.py --preset 2b --dry-run --devices 64 --passes 2 --fsdp
+    python train_prior.py --preset 2b --dry-run --devices 64 --micro-batch 11 --fsdp
 
 One multiplication with addition is 2 FLOPs.  A training step costs three forward passes: one forward, two backward.
 Element-wise work, norms and softmax are not counted, nor what activation checkpointing computes again: these are the
@@ -9,6 +9,7 @@ FLOPs of the model, as in MFU.
 
 import torch
 
+from data import micro_batch
 from dit import TIME_CHANNELS, DiT, DiTConfig
 from flow import clean_length
 from vae import MAX_LOGITS, TextVAE
@@ -82,10 +83,7 @@ def report(o, vae, dit=None):
 
     o: options of train_vae.py or train_prior.py; vae, dit: configurations; dit None: stage 1."""
     n = o.seq_len // vae.patch_size
-    rows, rest = divmod(o.batch_size, o.passes * o.devices)  # sequences of one pass on one device
-    if rest:
-        parts = f"--passes {o.passes} times {o.devices} devices"
-        raise ValueError(f"--batch-size {o.batch_size} must be a multiple of {parts}")
+    rows = micro_batch(o.batch_size, o.micro_batch, o.devices)  # sequences of one pass on one device
     n_vae = parameters(vae)
     trained, frozen = (n_vae, 0) if dit is None else (parameters(dit), n_vae)
     if dit is None:

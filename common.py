@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from processes import n_processes, rank
+from processes import local_rank, n_processes, rank, under_torchrun
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Command line: one dataclass a script is the only home of its options, defaults, ranges and help
@@ -32,7 +32,7 @@ def option(default, help, low=None, high=None, choices=None):
 class TrainingOptions:
     """What both training scripts let a user choose, with the same defaults."""
 
-    passes: int = option(1, "gradient accumulation: forward passes of a process per step, for less memory", low=1)
+    micro_batch: int = option(0, "gradient accumulation: sequences of one pass, for less memory; 0: all at once", low=0)
     fsdp: bool = option(False, "under torchrun, shard weights and optimizer over the processes: less memory")
     checkpointing: bool = option(False, "compute activations again for the gradient: less memory, a third more time")
     compile: bool = option(False, "compile the models: faster on a GPU, after a minute or more")
@@ -157,9 +157,12 @@ def fail(message):
 
 
 def pick_device(name="auto"):
-    """torch.device of "auto" (CUDA, then MPS, then CPU) or of a name.  Raises ValueError if there is no such device."""
+    """torch.device of "auto" (CUDA, then MPS, then CPU) or of a name; each process of a machine gets a GPU of its own.
+    Raises ValueError if there is no such device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and under_torchrun():
+        name = f"cuda:{local_rank()}"
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda", "mps"):
@@ -241,8 +244,8 @@ class Optimizers:
             optimizer.step()
 
     def zero_grad(self):
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
+        for optimizer in self.optimizers:  # DDP keeps its gradients in buckets, to be used again
+            optimizer.zero_grad(set_to_none=not under_torchrun())
 
 
 def learning_rate(step, steps, warmup, peak, final):
@@ -270,14 +273,14 @@ def progress_bar(first_step, steps, tokens_per_step):
     return tqdm(initial=first, total=last, unit="tok", unit_scale=True, disable=rank() > 0)
 
 
-def parts_of_batch(idx, passes, seed, step):
-    """Yield the parts of the global batch idx (B, L) that are this process's, one for each of its passes, and a
-    generator for each.
+def parts_of_batch(idx, micro_batch, seed, step):
+    """Cut the global batch idx (B, L) into parts of micro_batch rows; returns those of this process, each with its
+    generator of random numbers.
 
-    A part is known by its number alone: 2 processes with 1 pass do what 1 process with 2 passes does."""
-    first, parts = rank() * passes, idx.chunk(n_processes() * passes)
-    for number in range(first, first + passes):
-        yield parts[number], step_generator(seed, step, idx.device, number)
+    A part is known by its number alone: 2 processes with 1 part each do what 1 process with 2 parts does."""
+    parts = list(enumerate(idx.split(micro_batch)))
+    n = len(parts) // n_processes()
+    return [(part, step_generator(seed, step, idx.device, i)) for i, part in parts[rank() * n : (rank() + 1) * n]]
 
 
 def step_generator(seed, step, device, part=0):

@@ -29,7 +29,7 @@ import tiktoken
 import torch
 
 from common import check_new, option, parse_options, replacing, run_script
-from processes import first_process_first, n_processes, rank
+from processes import first_process_first, rank
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Documents
@@ -453,8 +453,8 @@ def open_corpus(source, folder, tokenizer, batch_size, seq_len, resume):
 
 
 def open_tokens(folder):
-    """The Corpus in a folder that `prepare` wrote.  Reads every token once, to be sure that the vocabulary has it.
-    Raises ValueError for damaged files."""
+    """The Corpus in a folder that `prepare` wrote.  The first process reads every token once, to be sure that the
+    vocabulary has it.  Raises ValueError for damaged files."""
     folder = Path(folder)
     tokenizer = read_tokenizer_json(folder / "tokenizer.json")
     splits = []
@@ -463,7 +463,7 @@ def open_tokens(folder):
         if not path.exists() or path.stat().st_size == 0 or path.stat().st_size % 4:
             raise ValueError(f"{path} is missing, empty or truncated: tokenize the text again")
         tokens = np.memmap(path, dtype=np.uint32, mode="r")
-        if tokens.max() >= tokenizer.n_vocab:
+        if rank() == 0 and tokens.max() >= tokenizer.n_vocab:
             raise ValueError(f"{path} holds token id {tokens.max()}, outside the vocabulary 0..{tokenizer.n_vocab - 1}")
         splits.append(tokens)
     return Corpus(*splits, tokenizer)
@@ -476,11 +476,14 @@ def check_seq_len(seq_len, vae_config):
         raise ValueError(f"--seq-len {seq_len} must be a multiple of block_size * patch_size = {chunk}")
 
 
-def check_batch(batch_size, passes):
-    """Raises ValueError if a batch does not split evenly into everybody's passes."""
-    if batch_size % (passes * n_processes()):
-        times = f" times {n_processes()} processes" if n_processes() > 1 else ""
-        raise ValueError(f"--batch-size {batch_size} must be a multiple of --passes {passes}{times}")
+def micro_batch(batch_size, wanted, devices):
+    """Sequences of one forward pass: as many as wanted, or with 0 all that a process has of a batch.  Raises ValueError
+    if the batch does not split evenly."""
+    size = wanted or max(batch_size // devices, 1)
+    if batch_size % (size * devices):
+        times = f" times {devices} devices" if devices > 1 else ""
+        raise ValueError(f"--batch-size {batch_size} must be a multiple of --micro-batch {size}{times}")
+    return size
 
 
 def check_length(n_train, n_val, batch_size, seq_len):

@@ -22,18 +22,21 @@ def rank():
     return int(os.environ["RANK"]) if under_torchrun() else 0
 
 
+def local_rank():
+    """The number of this process among those of its machine."""
+    return int(os.environ["LOCAL_RANK"]) if under_torchrun() else 0
+
+
 def n_processes():
     return int(os.environ["WORLD_SIZE"]) if under_torchrun() else 1
 
 
 def join_processes(device):
-    """Wait until all processes are here, and return the device of this one.  Raises ValueError if it has none."""
+    """Wait until all processes are here; only the first will print.  Returns the device, for convenience.
+    Raises ValueError if processes cannot work together on devices of this type."""
     if not under_torchrun():
         return device
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        if device.index >= torch.cuda.device_count():
-            raise ValueError(f"process {rank()} has no GPU of its own: there are {torch.cuda.device_count()}")
         torch.cuda.set_device(device)
     elif device.type != "cpu":
         raise ValueError(f"torchrun works with cuda and cpu only: --device {device.type} takes one process")
@@ -74,13 +77,13 @@ class Objective(nn.Module):
         return self.loss(self.models, idx, generator)
 
 
-def distribute(objective, groups, device, fsdp=False, bf16=False):
+def distribute(objective, groups, device, fsdp=False):
     """The objective as this process trains it: alone, as one of equal copies (DDP) or, with --fsdp, keeping one part of
     every parameter, gradient and optimizer state.
 
     groups: the modules, or lists of modules, whose weights FSDP gathers together just before their forward pass; the
-    rest goes with the objective.  In bfloat16 it gathers the copies that autocast would make anyway; autocast makes
-    none of LayerNorms, and rounded they would move the latents."""
+    rest goes with the objective.  They travel in fp32, and autocast makes of them what it would without FSDP: in
+    bfloat16 the weights of LayerNorms would be rounded, which moves the latents."""
     if not under_torchrun():
         return objective
     if not fsdp:
@@ -90,12 +93,7 @@ def distribute(objective, groups, device, fsdp=False, bf16=False):
 
     warnings.filterwarnings("ignore", ".*returned a view tensor")  # which matters to those who write into it
     mesh = init_device_mesh(device.type, (n_processes(),))
-    fp32 = MixedPrecisionPolicy(cast_forward_inputs=False)  # positions need all their digits
-    policy = fp32
-    if bf16:
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-        for norm in [m for m in objective.modules() if isinstance(m, nn.LayerNorm) and m.elementwise_affine]:
-            fully_shard(norm, mesh=mesh, mp_policy=fp32)
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # positions need all their digits
     for group in [*groups, objective]:
         fully_shard(group, mesh=mesh, mp_policy=policy)
     return objective

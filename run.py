@@ -28,7 +28,7 @@ class Run:
     Nothing is written before the first `save`, so a run that cannot start leaves no trace."""
 
     # Options that may change when a run is resumed.
-    FREE = ("resume", "out", "device", "save_every", "fsdp", "checkpointing", "compile")
+    FREE = ("resume", "out", "device", "save_every", "fsdp", "micro_batch", "checkpointing", "compile")
 
     def __init__(self, options, given):
         """With options.resume, the options come from the saved run; those given anew must agree, except FREE ones.
@@ -36,11 +36,9 @@ class Run:
         self.folder = Path(options.out)
         self.step, self.log, self.options = 0, [], options
         if options.resume:
-            saved, processes_before = self.read()
+            saved = self.read()
             if saved.keys() != asdict(options).keys():
                 raise ValueError(f"{self.folder} holds a run of another script, or of another version of this one")
-            parts = saved["passes"] * processes_before  # of a batch: as many as before, if possible
-            saved["passes"] = -(-parts // n_processes())
             for name in given - set(self.FREE):
                 if getattr(options, name) != saved[name]:
                     value = " ".join(saved[name]) if isinstance(saved[name], tuple) else saved[name]
@@ -57,7 +55,7 @@ class Run:
         return self.folder / "training" / str(self.step)
 
     def read(self):
-        """Find the last complete state; returns the options and the number of processes it was written with."""
+        """Find the last complete state; returns its options."""
         steps = [int(file.parent.name) for file in self.folder.glob("training/*/run.json")]
         if not steps:
             raise FileNotFoundError(f"{self.folder}/training holds nothing: there is no run to resume")
@@ -65,10 +63,10 @@ class Run:
         file = self.state_folder / "run.json"
         try:
             content = json.loads(file.read_text())
-            options, self.log, processes = dict(content["options"]), list(content["log"]), int(content["n_processes"])
+            options, self.log = dict(content["options"]), list(content["log"])
         except (LookupError, TypeError, ValueError):
             raise ValueError(f"{file} is damaged or truncated") from None
-        return {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}, processes
+        return {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
 
     def record(self, bar, step, lr, passes):
         """Add a row to the log and show it on the progress bar; collective.  passes: of each, {name: scalar tensor}."""
@@ -106,7 +104,7 @@ class Run:
             dcp.save(state, checkpoint_id=self.state_folder)
         if rank() > 0:
             return
-        content = dict(options=asdict(self.options), log=self.log, n_processes=n_processes())
+        content = dict(options=asdict(self.options), log=self.log)
         with replacing(self.state_folder / "run.json") as temporary:
             temporary.write_text(json.dumps(content) + "\n")
         for other in self.state_folder.parent.iterdir():

@@ -71,8 +71,8 @@ class Options(common.TrainingOptions):  # which adds seed, device, resume and th
 PRESETS = {  # "small" is what stands above
     "2b": dict(
         dim=2048, n_head=16, head_dim=128, rope_dim=96, n_layer=24, joint=True,
-        steps=200_000, batch_size=1408, passes=88, seq_len=512, lr=1.5e-4, final_lr=1e-5, warmup=5000, save_every=1000,
-        optimizer="adamw", decoder_noise=0.0, checkpointing=True,
+        batch_size=1408, micro_batch=16, seq_len=512, steps=200_000, save_every=1000,
+        optimizer="adamw", lr=1.5e-4, final_lr=1e-5, warmup=5000, decoder_noise=0.0, checkpointing=True,
         ema=0.9999,  # not the paper's, which does not mention one
     ),
 }  # fmt: skip
@@ -182,7 +182,7 @@ def main():
     vae = load_vae(source, device)
     tokenizer = find_tokenizer(source, vae.config.vocab_size, required=True)
     config = config_of(o, vae.config)
-    data.check_batch(o.batch_size, o.passes)
+    o.micro_batch = data.micro_batch(o.batch_size, o.micro_batch, processes.n_processes())
     data.check_seq_len(o.seq_len, vae.config)
     if o.cache_latents and (o.joint or not vae.config.use_variation):
         raise ValueError("--cache-latents is for a frozen VAE with a variance: leave it out")
@@ -210,8 +210,7 @@ def main():
         return frozen_loss(vae, models.dit, idx, o, generator)
 
     def distributed(models):
-        objective, bf16 = processes.Objective(models, batch_loss), common.uses_bf16(device, o.precision)
-        return processes.distribute(objective, fsdp_groups(models), device, o.fsdp, bf16)
+        return processes.distribute(processes.Objective(models, batch_loss), fsdp_groups(models), device, o.fsdp)
 
     objective = distributed(trained)
     if o.fsdp:  # the average is kept in the same parts
@@ -250,12 +249,12 @@ def main():
             else:
                 idx = data.random_rows(latents, o.batch_size, o.seed, step).to(device)  # (B, n, 2, d)
             lr = common.learning_rate(step, o.steps, o.warmup, o.lr, o.final_lr)
-            passes = []
-            for part, generator in common.parts_of_batch(idx, o.passes, o.seed, step):
-                objective.require_backward_grad_sync = len(passes) == o.passes - 1  # DDP averages gradients but once
+            parts, passes = common.parts_of_batch(idx, o.micro_batch, o.seed, step), []
+            for part, generator in parts:
+                objective.require_backward_grad_sync = len(passes) == len(parts) - 1  # DDP averages gradients but once
                 with amp:
                     loss, terms = objective(part, generator)
-                (loss / o.passes).backward()
+                (loss / len(parts)).backward()
                 passes.append(dict(loss=loss.detach(), **terms))
             common.optimizer_step(optimizer, lr, o.clip)
             update_ema(ema, trained, o.ema, step)
@@ -273,7 +272,7 @@ def main():
     held_out = data.even_batch(corpus.val, EVAL_SEQUENCES, o.seq_len).to(device)
     generator = common.step_generator(o.seed, 0, device)
     with torch.no_grad(), amp:
-        parts = held_out.split(o.batch_size // (o.passes * processes.n_processes()))
+        parts = held_out.split(o.micro_batch)
         loss = sum(frozen_loss(vae, dit, part, o, generator)[0] * len(part) for part in parts) / len(held_out)
     print(f"flow-matching loss on {held_out.numel():,} held-out tokens: {loss.item():.4f}")
     print(f"the model is in {run.folder}; next: python sample.py --model {run.folder}")

@@ -57,8 +57,8 @@ PRESETS = {  # "small" is what stands above
     "2b": dict(
         tokenizer="cl100k_base", vocab_size=100278, latent_dim=16, block_size=16,
         dim=1536, ffn_dim=6144, n_head=12, n_encoder_layer=4, n_decoder_layer=4,
-        steps=200_000, batch_size=1408, passes=88, seq_len=512, lr=1.5e-4, final_lr=1e-5, warmup=5000, save_every=1000,
-        optimizer="adamw", decoder_noise=0.0, checkpointing=True,
+        batch_size=1408, micro_batch=16, seq_len=512, steps=200_000, save_every=1000,
+        optimizer="adamw", lr=1.5e-4, final_lr=1e-5, warmup=5000, decoder_noise=0.0, checkpointing=True,
     ),
 }  # fmt: skip
 EVAL_SEQUENCES = 128  # held-out sequences behind the figure at the end
@@ -79,7 +79,7 @@ def main():
 
     # Text, tokens, tokenizer.
     config = config_of(o)
-    data.check_batch(o.batch_size, o.passes)
+    o.micro_batch = data.micro_batch(o.batch_size, o.micro_batch, processes.n_processes())
     data.check_seq_len(o.seq_len, config)
 
     def tokenizer():
@@ -100,8 +100,7 @@ def main():
     def batch_loss(vae, idx, generator):
         return vae_loss(vae, idx, o.beta, o.mask_weight, o.mask_ratio, o.decoder_noise, generator)
 
-    bf16 = common.uses_bf16(device, o.precision)
-    objective = processes.distribute(processes.Objective(vae, batch_loss), vae.blocks, device, o.fsdp, bf16)
+    objective = processes.distribute(processes.Objective(vae, batch_loss), vae.blocks, device, o.fsdp)
     optimizer = common.make_optimizer([(vae, 1.0)], o.optimizer, o.weight_decay)
     if o.resume:
         run.restore(optimizer, vae)
@@ -124,12 +123,12 @@ def main():
         for step in range(run.step, o.steps):
             idx = data.random_batch(corpus.train, o.batch_size, o.seq_len, o.seed, step).to(device)  # (B, L)
             lr = common.learning_rate(step, o.steps, o.warmup, o.lr, o.final_lr)
-            passes = []
-            for part, generator in common.parts_of_batch(idx, o.passes, o.seed, step):
-                objective.require_backward_grad_sync = len(passes) == o.passes - 1  # DDP averages gradients but once
+            parts, passes = common.parts_of_batch(idx, o.micro_batch, o.seed, step), []
+            for part, generator in parts:
+                objective.require_backward_grad_sync = len(passes) == len(parts) - 1  # DDP averages gradients but once
                 with amp:
                     loss, terms = objective(part, generator)
-                (loss / o.passes).backward()
+                (loss / len(parts)).backward()
                 passes.append(dict(loss=loss.detach(), **terms))
             common.optimizer_step(optimizer, lr, o.clip)
 
@@ -144,7 +143,7 @@ def main():
         return
     vae = vae.to(device)
     held_out = data.even_batch(corpus.val, EVAL_SEQUENCES, o.seq_len).to(device)
-    parts = held_out.split(o.batch_size // (o.passes * processes.n_processes()))
+    parts = held_out.split(o.micro_batch)
     accuracy = sum(token_accuracy(vae, part) * len(part) for part in parts) / len(held_out)
     print(f"reconstruction: {100 * accuracy:.2f} % of {held_out.numel():,} held-out tokens")
     text = "" if data.is_prepared(run.folder / "data") else f" --data {o.data[0]}"

@@ -200,14 +200,20 @@ def rotate(x, rope, partner):
 def run_block(block, checkpointing, *args):
     """block(*args).  With checkpointing its activations are computed again for the gradient, not kept: less memory."""
     if checkpointing and torch.is_grad_enabled():
-        return checkpoint(block, *args, use_reentrant=False)
+        return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn
     return block(*args)
 
 
 def compile_blocks(model, **options):
     """Compile all blocks of a model in place, with options of torch.compile.  Like blocks share one graph."""
+    allow_recompilation()
     for block in model.blocks:
         block.compile(dynamic=False, **options)
+
+
+def allow_recompilation():
+    """More shapes than PyTorch would compile for: of several lengths, batch sizes and precisions."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
 
 
 def check_sizes(config):

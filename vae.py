@@ -12,6 +12,7 @@ Both halves are block-causal transformers (transformer.py), so the decoder can e
 names are those of the released checkpoint, so a state_dict needs no translation.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -268,8 +269,8 @@ class TextVAE(nn.Module):
         if len(x) <= rows:
             log_p = self.score(x, wanted)
         else:
-            parts = zip(x.split(rows), wanted.split(rows), strict=True)
-            log_p = torch.cat([checkpoint(self.score, *part, use_reentrant=False) for part in parts])
+            score = functools.partial(checkpoint, self.score, use_reentrant=False, preserve_rng_state=False)
+            log_p = torch.cat([score(*part) for part in zip(x.split(rows), wanted.split(rows), strict=True)])
         return log_p.view_as(idx) if where is None else log_p
 
     def likeliest(self, z):
@@ -306,10 +307,9 @@ def masked_view_loss(vae, idx, mask_ratio, generator=None):
     It keeps the latents from becoming a mere code book of single tokens: the latent of a hidden token can only come
     from its neighbours.  Returns a scalar in nats per masked token."""
     masked = torch.rand(idx.shape, generator=generator, device=idx.device) < mask_ratio
-    if not masked.any():
-        return torch.zeros((), device=idx.device)
     z = vae.encode(idx.masked_fill(masked, vae.mask_id)).sample(generator)
-    return -vae.log_likelihood(z, idx, masked).mean()
+    log_p = vae.log_likelihood(z, idx, masked)  # (masked,), maybe none
+    return -log_p.sum() / max(len(log_p), 1)
 
 
 def vae_loss(vae, idx, beta, mask_weight, mask_ratio, decoder_noise=0.0, generator=None):

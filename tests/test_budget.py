@@ -37,12 +37,12 @@ def test_parameters_of_the_released_model():
 
 
 def test_a_dry_run_allocates_nothing_and_writes_nothing(tmp_path, monkeypatch, capsys):
-    call(train_prior.main, "--preset 2b --dry-run --devices 64 --passes 2 --fsdp", monkeypatch, tmp_path)
+    call(train_prior.main, "--preset 2b --dry-run --devices 64 --micro-batch 11 --fsdp", monkeypatch, tmp_path)
     lines = capsys.readouterr().out
     assert "2,331,747,302" in lines and "tokens per step        720,896; 5,632" in lines
     call(train_vae.main, "--dry-run", monkeypatch, tmp_path)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ValueError, match="--batch-size 1408 must be a multiple of --passes 88 times 64 devices"):
+    with pytest.raises(ValueError, match="--batch-size 1408 must be a multiple of --micro-batch 16 times 64 devices"):
         call(train_prior.main, "--preset 2b --dry-run --devices 64", monkeypatch, tmp_path)
 
 

@@ -182,12 +182,12 @@ def test_passes_add_up_to_the_whole_batch(text, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train_vae, "vae_loss", reconstruction_of_mu)
     start = f"--data {text} --vocab-size 300 {VAE_SIZE} {COMMON} --steps 1 --warmup 0"
-    for passes in (1, 4):
-        call(train_vae.main, f"{start} --passes {passes} --out passes{passes}", monkeypatch, tmp_path)
-    one, four = (weights(tmp_path / f"passes{n}", "cola_vae") for n in (1, 4))
+    for size in (1, 4):
+        call(train_vae.main, f"{start} --micro-batch {size} --out micro{size}", monkeypatch, tmp_path)
+    one, four = (weights(tmp_path / f"micro{n}", "cola_vae") for n in (1, 4))
     difference = torch.cat([(one[name] - four[name]).flatten() for name in one]).abs()
     assert difference.mean() < 1e-6  # a step moves every weight by about lr = 2e-3
-    one, four = (json.loads((tmp_path / f"passes{n}" / "log.jsonl").read_text())["loss"] for n in (1, 4))
+    one, four = (json.loads((tmp_path / f"micro{n}" / "log.jsonl").read_text())["loss"] for n in (1, 4))
     assert four == pytest.approx(one, rel=1e-5)  # the log has the mean over passes
 
 
@@ -218,7 +218,7 @@ def test_help_lists_every_option_with_its_default(script, tmp_path):
         ("train_vae.py", "--t-loc 1", "unrecognized arguments: --t-loc"),
         ("train_prior.py", "--t-loc inf", "--t-loc inf is out of range: it must be a finite number"),
         ("train_prior.py", "--ema 2", "--ema 2.0 is out of range: it must be between 0.0 and 1.0"),
-        ("train_prior.py", "--vae {trained}/runs/vae --passes 5", "--batch-size 32 must be a multiple of --passes 5"),
+        ("train_prior.py", "--vae {trained}/runs/vae --micro-batch 5", "--batch-size 32 must be a multiple of"),
         ("train_vae.py", "--out {trained}/runs/cola --resume", "holds a run of another script"),
         ("train_vae.py", "--stepz 5", "unrecognized arguments: --stepz"),
         ("train_vae.py", "--mask-ratio 1.5", "it must be between 0.0 and 1.0"),
