@@ -18,6 +18,7 @@ import torch.nn as nn
 from checkpoint import find_tokenizer, load_dit, load_vae, save_dit, save_vae
 from data import decode_bytes, encode_prompt, save_tokenizer
 from flow import block_sum, guide, log_prob, solve
+from transformer import STATIC_LEN, allow_recompilation
 from vae import Posterior
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -66,7 +67,7 @@ class ColaDLM(nn.Module):
         super().__init__()
         check_fit(vae.config, dit.config)
         self.vae, self.dit, self.tokenizer = vae, dit, tokenizer
-        self.compiled_step = None  # see `compile_sampler`
+        self.compiled_step = self.spare_cache = None  # see `compile_sampler`
 
     def compile_sampler(self, **options):
         """Compile a step of the sampler, with the options of torch.compile; without any, on CUDA as one CUDA graph
@@ -76,7 +77,7 @@ class ColaDLM(nn.Module):
         size or the next 256 positions (`transformer.STATIC_LEN`) compile again, once, which takes up to minutes."""
         if not options and self.device.type == "cuda":
             options = dict(mode="reduce-overhead")
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # one for each batch size
+        allow_recompilation()
         self.compiled_step = torch.compile(self.dit.forward, fullgraph=True, dynamic=False, **options)
 
     def step(self, *args):
@@ -86,6 +87,17 @@ class ColaDLM(nn.Module):
     @property
     def static(self):
         return self.compiled_step is not None
+
+    def new_dit_cache(self, batch_size, max_len):
+        """An empty cache for the DiT.  For a compiled step it is that of the last generation, if that is over and was
+        alike: a CUDA graph is recorded for one place in memory."""
+        spare, self.spare_cache = self.spare_cache, None
+        if spare is not None:
+            memory = spare.memory[0][0]  # (B, H, max_len, D)
+            alike = memory.device == self.device and memory.dtype == self.dit.txt_in.proj.weight.dtype
+            if alike and len(memory) == batch_size and spare.max_len - STATIC_LEN < max_len <= spare.max_len:
+                return spare.clear()
+        return self.dit.new_cache(batch_size, max_len, self.static)
 
     @property
     def device(self):
@@ -157,7 +169,7 @@ class ColaDLM(nn.Module):
 
         ids: a list of token ids for every row.
         max_new_tokens, eos_id: a row needs no other block once it has so many new tokens, or this one.  Rows that are
-        finished leave the batch together, when they are a quarter of it (half of it with a compiled step).
+        finished leave the batch together, when they are a quarter of it (with a compiled step, down to a power of two).
         steps, solver: of the ODE from noise to latent, "euler" or "heun" (two evaluations a step).
         cfg_scale: guidance u + s (c - u) of the block with its history over the block without; 1 skips the second.
         temperature: 0 takes the likeliest token at each position; otherwise top_k and top_p apply (0 and 1: off).
@@ -200,7 +212,7 @@ class ColaDLM(nn.Module):
 
         # 2. One pass of both models over the history fills their caches.
         max_len = int(n_history.max()) + n_blocks * block_size
-        vae_cache, dit_cache = self.vae.new_cache(B, max_len), self.dit.new_cache(B, max_len, self.static)
+        vae_cache, dit_cache = self.vae.new_cache(B, max_len), self.new_dit_cache(B, max_len)
         times = torch.linspace(1.0, 0.0, steps + 1, device=device)
         network_times = (1000 * times).bfloat16().float() / 1000 if round_time else times
         both_times = torch.stack([network_times, torch.zeros_like(times)], dim=1)  # [t_i, 0] for each step i
@@ -247,8 +259,12 @@ class ColaDLM(nn.Module):
                 left[row] = 0 if eos_id in ids_of_row else left[row] - len(ids_of_row)
             going = [i for i, row in enumerate(rows) if left[row] > 0]
             if last or not going:
+                self.spare_cache = dit_cache if self.static else None
                 return
-            if len(going) <= (0.5 if self.static else 0.75) * len(rows):  # every new batch size is compiled anew
+            if self.static:  # few batch sizes, powers of two, since each is compiled anew: some that are done stay
+                size = 1 << (len(going) - 1).bit_length()
+                going += [i for i in range(len(rows)) if i not in going][: size - len(going)]
+            if len(going) <= 0.75 * len(rows):
                 rows, z, seen = [rows[i] for i in going], z[going], seen[going]
                 dit_cache.keep(going)
                 vae_cache.keep(going)

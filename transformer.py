@@ -73,10 +73,16 @@ class KVCache:
             shape = (batch_size, n_head, max_len, head_dim)
             return [torch.zeros(shape, device=device, dtype=dtype) for _ in range(n_layer)]  # a masked NaN stays a NaN
 
-        self.k, self.v = empty(), empty()
-        self.length = torch.zeros(batch_size, dtype=torch.long)
+        self.memory = empty(), empty()
         self.max_len, self.static = max_len, static  # in positions
+        self.clear()
+
+    def clear(self):
+        """Forget everything; returns itself."""
+        self.k, self.v = map(list, self.memory)
+        self.length = torch.zeros(len(self.k[0]), dtype=torch.long)
         self.pin()
+        return self
 
     def pin(self):
         """Tell the compiler that a static cache stays in its place, so that a CUDA graph may write to it."""
@@ -106,8 +112,11 @@ class KVCache:
         return keys[:, :, : layout.end], values[:, :, : layout.end]
 
     def keep(self, rows):
-        """Forget all rows but these."""
-        self.k, self.v = ([tensor[rows] for tensor in tensors] for tensors in (self.k, self.v))
+        """Forget all rows but these, a list, which move to the front."""
+        index = torch.tensor(rows, device=self.k[0].device)
+        for tensors in (self.k, self.v):
+            for layer, tensor in enumerate(tensors):
+                tensors[layer] = tensor[: len(rows)].copy_(tensor[index])
         self.length = self.length[rows]
         self.pin()
 

@@ -78,6 +78,26 @@ def test_a_compiled_step_is_the_same_computation(prompts, monkeypatch):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs  # nothing was compiled again
 
 
+def test_a_compiled_sampler_reuses_its_cache_and_few_batch_sizes(monkeypatch):
+    """Also with rows that leave, and with two generations at a time, which must not share one."""
+    model = ColaDLM(small_vae(), small_dit()).requires_grad_(False)
+    prompts, options = [[i] * (1 + i) for i in range(6)], dict(max_new_tokens=24, steps=1)
+    eos = model.generate(prompts, **options)[0][5]
+    wanted = [model.generate(prompts, eos_id=eos, seed=seed, **options) for seed in (0, 1)]
+    model.compile_sampler(backend="eager")
+    made, sizes, real = [], set(), model.step
+    new_cache = model.dit.new_cache
+    monkeypatch.setattr(model.dit, "new_cache", lambda *args: made.append(args) or new_cache(*args))
+    monkeypatch.setattr(model, "step", lambda z, *args: sizes.add(len(z)) or real(z, *args))
+    for seed in (0, 1, 0):
+        assert model.generate(prompts, eos_id=eos, seed=seed, **options) == wanted[seed]
+    assert len(made) == 1 and sizes <= {1, 2, 4, 6, 8, 12} and len(sizes) > 2
+    streams = [model.stream(prompts, eos_id=eos, seed=seed, **options) for seed in (0, 1)]
+    for seed, pieces in enumerate(zip(*zip(*streams, strict=True), strict=True)):
+        assert [sum(row, []) for row in zip(*pieces, strict=True)] == wanted[seed]
+    assert len(made) == 2
+
+
 def test_a_compiled_step_writes_into_the_cache_itself():
     """What is written must be an input of the graph, not a part of one, which would be copied as a whole."""
     nodes = []
