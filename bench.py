@@ -4,13 +4,14 @@
     python bench.py --preset 2b --device cuda
     python bench.py --compare bench.json             # beside a run before a change: ratios of the times
 
-The ceilings are measured first: the rate of large matrix products and the bandwidth of memory.  A training step is
-compared with the FLOPs of its products (budget.py) at that rate; generation with its floor, the larger of two times: to
-read all weights but those of the modulation once a step, and the cache; and to multiply.
+The ceilings are measured first: the rate of large matrix products and the bandwidth of memory.  A training step, with
+AdamW, is compared with the FLOPs of its products (budget.py) at that rate (MFU); generation with the least time that it
+could take (of_possible), the larger of two: to read all weights but those of the modulation once a step, and the cache;
+and to multiply.
 
-Beside each stands the slow way of doing the same thing, with the same numbers as a result: all sequences of a batch as
-one long one under a dense mask, plain attention, the modulation computed for every position, keys rotated anew in every
-step, guidance in two passes.
+Beside each stands the slow way of doing the same thing, with the same numbers as a result, up to rounding: all
+sequences of a batch as one long one under a dense mask, plain attention, the modulation computed for every position,
+keys rotated anew in every step, guidance in two passes.
 """
 
 import json
@@ -187,16 +188,27 @@ SLOW_ROWS = 8  # more take too long the slow way
 
 
 class Table:
-    """Figures by name, printed as they come."""
+    """Figures by name, printed as they come and kept in a file; about: what else stands there."""
 
-    def __init__(self, earlier):
-        self.figures, self.earlier = {}, earlier
+    def __init__(self, file, earlier, about):
+        self.file, self.earlier, self.about, self.figures = file, earlier, about, {}
 
     def add(self, name, **values):
         self.figures[name] = values
         shown = "  ".join(f"{key} {value:,.4g}" for key, value in values.items())
         before = self.earlier.get(name, {}).get("ms")
         print(f"{name:44} {shown}" + (f"  x {values['ms'] / before:.2f} of before" if before else ""), flush=True)
+        with common.replacing(self.file) as temporary:
+            temporary.write_text(json.dumps(self.about | dict(figures=self.figures), indent=2) + "\n")
+
+
+def median_time(name, function, device, repeats):
+    """As `seconds`; None, and a line that says so, if the memory of a GPU does not suffice."""
+    try:
+        return seconds(function, device, repeats)
+    except torch.OutOfMemoryError:
+        print(f"{name:44} out of memory")
+        torch.cuda.empty_cache()
 
 
 def build(o, device):
@@ -248,7 +260,8 @@ def training(o, model, device, table, rate):
 
     def measure(name, made, n_tokens):
         step, flops = made
-        median = seconds(step, device, o.repeats)
+        if (median := median_time(name, step, device, o.repeats)) is None:
+            return None
         values = dict(ms=1e3 * median, tokens_per_s=n_tokens / median, TFLOPs_per_s=flops / median / 1e12)
         values["MFU"] = flops / median / rate
         table.add(name, **values, MB=peak_memory(step, device) / 1e6)
@@ -260,8 +273,9 @@ def training(o, model, device, table, rate):
     if o.slow:
         made = stage2(L, B, slow_loss)
         slow = measure(f"stage 2 step, {B} x {L}, slow way", made, B * L)
-        losses = dict(loss=stage2(L, B)[0](), slow_loss=made[0]())
-        table.add("stage 2 step: gain over the slow way", ratio=slow / fast, **losses)
+        if fast and slow:
+            losses = dict(loss=stage2(L, B)[0](), slow_loss=made[0]())
+            table.add("stage 2 step: gain over the slow way", ratio=slow / fast, **losses)
     if o.growth:
         for factor in (2, 4):
             measure(f"stage 2 step, {factor * B} x {L}", stage2(L, factor * B), factor * B * L)
@@ -271,9 +285,8 @@ def training(o, model, device, table, rate):
 
 
 @torch.no_grad()
-def generation(o, model, device, table, rate, bandwidth, latents, label=""):
-    """label: what the names of the figures end with.  The slow way is measured without one only; `latents` keeps what
-    came out of it, by the number of rows."""
+def generation(o, model, device, table, rate, bandwidth, label):
+    """label: the precision, in the names of the figures."""
     c = model.dit.config
 
     def run(rows, steps=o.steps, cfg_scale=o.cfg_scale, n=o.new_tokens):
@@ -298,7 +311,8 @@ def generation(o, model, device, table, rate, bandwidth, latents, label=""):
         return total
 
     def measure(name, rows, **options):
-        median = seconds(lambda: run(rows, **options), device, o.repeats)
+        if (median := median_time(name, lambda: run(rows, **options), device, o.repeats)) is None:
+            return None
         n = options.get("n", o.new_tokens)
         values = dict(ms=1e3 * median, tokens_per_s=rows * n / median, of_possible=floor(rows, **options) / median)
         table.add(name, **values)
@@ -306,23 +320,24 @@ def generation(o, model, device, table, rate, bandwidth, latents, label=""):
 
     for rows in o.rows:
         fast = measure(f"generation, {rows} rows{label}", rows)
-        first = seconds(lambda: run(rows, n=c.block_size), device, o.repeats)  # noqa: B023
-        table.add(f"generation, {rows} rows, first block{label}", ms=1e3 * first)
+        measure(f"generation, {rows} rows{label}, first block", rows, n=c.block_size)
         if not o.slow or rows > SLOW_ROWS:
             continue
-        slow_name = f"generation, {rows} rows, slow way"
-        if not label:
-            arguments = (model, rows, o.new_tokens, o.steps, o.cfg_scale, o.seed)
-            latents[rows] = slow_generation(*arguments)
-            table.add(slow_name, ms=1e3 * seconds(lambda: slow_generation(*arguments), device, 1))  # noqa: B023
-        difference = (run(rows) - latents[rows]).abs().mean().item()
-        ratio = table.figures[slow_name]["ms"] / 1e3 / fast
-        table.add(f"generation, {rows} rows{label}: gain over the slow way", ratio=ratio, difference=difference)
-    if o.growth and not label:
+
+        def slow_run():
+            return slow_generation(model, rows, o.new_tokens, o.steps, o.cfg_scale, o.seed)  # noqa: B023
+
+        name = f"generation, {rows} rows{label}, slow way"
+        if slow := median_time(name, slow_run, device, 1):
+            table.add(name, ms=1e3 * slow)
+        if fast and slow:
+            values = dict(ratio=slow / fast, difference=(run(rows) - slow_run()).abs().mean().item())
+            table.add(f"generation, {rows} rows{label}: gain over the slow way", **values)
+    if o.growth:
         rows = o.rows[0]
-        measure(f"generation, {rows} rows, twice the steps", rows, steps=2 * o.steps)
-        measure(f"generation, {rows} rows, no guidance", rows, cfg_scale=1.0)
-        measure(f"generation, {rows} rows, twice the tokens", rows, n=2 * o.new_tokens)
+        measure(f"generation, {rows} rows{label}, twice the steps", rows, steps=2 * o.steps)
+        measure(f"generation, {rows} rows{label}, no guidance", rows, cfg_scale=1.0)
+        measure(f"generation, {rows} rows{label}, twice the tokens", rows, n=2 * o.new_tokens)
 
 
 def main():
@@ -330,7 +345,10 @@ def main():
     device = common.pick_device(o.device)
     earlier = json.loads(Path(o.compare).read_text())["figures"] if o.compare else {}
     torch.manual_seed(o.seed)
-    table = Table(earlier)
+    name = f"{device}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    table = Table(o.out, earlier, dict(device=name, options=asdict(o)))
     bf16 = common.uses_bf16(device, o.precision)
     if o.new_tokens % o.block_size or o.seq_len % o.block_size:
         raise ValueError(f"--new-tokens and --seq-len must be multiples of --block-size {o.block_size}")
@@ -339,22 +357,16 @@ def main():
     table.add("ceiling: products in training", TFLOPs_per_s=rate / 1e12, GB_per_s=bandwidth / 1e9)
     training(o, model, device, table, rate)
 
-    # Generation on a CPU: with weights in fp32, where the numbers are those of the slow way, and then in bf16, if it
-    # multiplies that.  On CUDA in bf16 alone.
-    model, latents = build(o, device).eval(), {}
-    for i, dtype in enumerate([torch.float32] * (device.type != "cuda" or not bf16) + [torch.bfloat16] * bf16):
-        rate, bandwidth = ceilings(device, dtype, o.repeats)
-        name = str(dtype).removeprefix("torch.")
-        table.add(f"ceiling: products in {name}", TFLOPs_per_s=rate / 1e12, GB_per_s=bandwidth / 1e9)
-        model = model.to(dtype)
+    # Generation on a CPU: with weights in fp32 and then in bf16, if it multiplies that.  On CUDA in bf16 alone.
+    model = build(o, device).eval()
+    dtypes = dict(fp32=torch.float32, bf16=torch.bfloat16)
+    for label in ["bf16"] if device.type == "cuda" and bf16 else ["fp32", "bf16"] if bf16 else ["fp32"]:
+        rate, bandwidth = ceilings(device, dtypes[label], o.repeats)
+        table.add(f"ceiling: products in {label}", TFLOPs_per_s=rate / 1e12, GB_per_s=bandwidth / 1e9)
+        model = model.to(dtypes[label])
         if o.compile:
             model.compile_sampler()
-        generation(o, model, device, table, rate, bandwidth, latents, f", {name}" if i else "")
-    name = f"{device}, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    with common.replacing(o.out) as temporary:
-        temporary.write_text(json.dumps(dict(device=name, options=asdict(o), figures=table.figures), indent=2) + "\n")
+        generation(o, model, device, table, rate, bandwidth, f", {label}")
     print(f"on {name}; all figures are in {o.out}")
 
 
