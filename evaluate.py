@@ -408,7 +408,7 @@ SECTIONS = ("reconstruction", "compression", "prior", "likelihood")
 CONTEXT = 16  # tokens before each held-out sequence that the n-gram judge reads
 
 
-BENCHMARKS_ONLY = ("max_new_tokens", "task_data", "rank", "rank_time", "dtype", "limit", "batch_size")
+BENCHMARKS_ONLY = ("max_new_tokens", "task_data", "rank", "rank_time", "dtype", "compile", "limit", "batch_size")
 
 
 @dataclass
@@ -433,6 +433,7 @@ class Options(SamplingOptions):
     rank: bool = option(False, "choose the likeliest of the choices instead of generating")
     rank_time: float = option(0.0, "with --rank: when the decoder reads (cola.log_weights)", low=0.0, high=0.99)
     dtype: str = option("auto", "benchmarks: of the weights; auto: bf16 on CUDA, else fp32", choices=DTYPES)
+    compile: bool = option(False, "benchmarks: compile a step of the solver, as in sample.py")
     limit: int = option(0, "only so many lines of each task; 0: all", low=0)
     batch_size: int = option(32, "prompts at a time", low=1)
     score: tuple = option((), "files of generations to score; no model is needed")
@@ -455,6 +456,8 @@ def main():
     dtype = weights_dtype(o.dtype, device) if o.tasks else torch.float32
     model = ColaDLM.from_pretrained(o.model, device, dtype, with_tokenizer=True).requires_grad_(False)
     if o.tasks:
+        if o.compile:
+            model.compile_sampler()
         return run_tasks(model, jobs, o, given)
 
     corpus = data.open_tokens(o.data)
