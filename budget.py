@@ -17,6 +17,7 @@ from vae import MAX_LOGITS, TextVAE
 PEAK = 989e12  # bf16 FLOP/s of an H100, for orientation
 STATE_BYTES = 16  # of one trained parameter in fp32: weight, gradient and two moments of AdamW
 EMA_BYTES = 4  # its moving average, in stage 2
+AUTOCAST_BYTES = 2  # the copy in bf16 of a parameter that is whole on a device, during a pass
 
 
 def parameters(config):
@@ -102,6 +103,7 @@ def report(o, vae, dit=None):
     per_token = flops / o.seq_len
     per_parameter = STATE_BYTES + (EMA_BYTES if dit else 0)
     states = per_parameter * trained / (o.devices if o.fsdp else 1) + 4 * frozen
+    states += AUTOCAST_BYTES * (frozen if o.fsdp else trained + frozen)
     tokens = o.budget * 1e18 / per_token
     lines = {
         "parameters trained": f"{trained:,}",

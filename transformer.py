@@ -135,11 +135,12 @@ class Layout(NamedTuple):
     end: int = 0  # positions of the cache that are in use
 
 
-def make_layout(n, block_size, rope, device, cache=None, copies=1):
+def make_layout(n, block_size, rope, device, cache=None, copies=1, flex=False):
     """The Layout of n new latents behind the histories in `cache`; rope: a function pos (.., n) -> table.
 
     copies: the batch holds the rows of the cache so many times.  With guidance these are 2, first all conditional rows,
-    then all unconditional ones: those behind the first copy have no history (see `attend`)."""
+    then all unconditional ones: those behind the first copy have no history (see `attend`).
+    flex: with a mask for FlexAttention; only without a cache."""
     pos = torch.arange(n)[None] if cache is None else cache.positions(n)  # (1 or B, n)
     block, end = pos // block_size, int(pos.max()) + 1
     if cache is not None and end > cache.max_len:
@@ -152,6 +153,8 @@ def make_layout(n, block_size, rope, device, cache=None, copies=1):
         return Layout(rope(pos.repeat(copies, 1)), mask, pos.to(device), end=end)
     if block[0, 0] == block[0, -1]:  # one block, which sees itself and the whole history
         mask = None
+    elif flex:
+        mask = flex_mask(tuple(block[0].tolist()), (False,) * n, device)
     else:
         mask = block_mask(block, torch.arange(end) // block_size)[:, None].to(device)  # (1, 1, n, K)
     return Layout(rope(pos), mask, None, int(pos[0, 0]), end)

@@ -209,11 +209,13 @@ class TextVAE(nn.Module):
     def layout(self, n, device, cache=None):
         """The Layout of n latents behind the histories in `cache`."""
         c = self.config
+        # In training, lengths are few, and each is worth compiling for.
+        flex = self.training and torch.device(device).type == "cuda" and cache is None
 
         def rope(pos):
             return halves_table(pos, c.dim // c.n_head, c.rope_theta, device)
 
-        return make_layout(n, c.block_size, rope, device, cache)
+        return make_layout(n, c.block_size, rope, device, cache, flex=flex)
 
     def transform(self, x, blocks, layout, cache=None):
         """The transformer of either half.  x (B, n, C) -> (B, n, C)"""

@@ -1,5 +1,6 @@
 """Properties of the two networks: what sees what, caches, options, layouts."""
 
+import functools
 from itertools import product
 
 import pytest
@@ -11,8 +12,8 @@ import vae
 from cola import ColaDLM
 from dit import DiT, DiTConfig
 from flow import flow_matching_loss, sample_times, simulated_prompts, solve, training_layout
-from transformer import Layout, block_mask, compile_blocks
-from vae import Posterior, TextVAE, VAEConfig, masked_view_loss, vae_loss
+from transformer import Layout, block_mask, compile_blocks, make_layout
+from vae import Posterior, TextVAE, VAEConfig, halves_table, masked_view_loss, vae_loss
 
 BLOCK, d, V = 4, 8, 30
 
@@ -215,6 +216,12 @@ def test_flex_attention_is_the_same_computation():
     torch.testing.assert_close(dit(z, t, index, layout=layouts[1]), dense)
     same = training_layout(n, BLOCK, dit.rope, z.device, True)
     assert same.mask is layouts[1].mask  # made once per shape
+
+    vae, x = small_vae().requires_grad_(False), torch.randn(2, n, 32)
+    rope = functools.partial(halves_table, dim=16, theta=1e4, device="cpu")
+    layouts = [make_layout(n, BLOCK, rope, "cpu", flex=flex) for flex in (False, True)]
+    dense, flex = (vae.transform(x, vae.blocks, layout) for layout in layouts)
+    torch.testing.assert_close(flex, dense)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
