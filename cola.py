@@ -70,15 +70,19 @@ class ColaDLM(nn.Module):
         self.compiled_step = self.spare_cache = None  # see `compile_sampler`
 
     def compile_sampler(self, **options):
-        """Compile a step of the sampler, with the options of torch.compile; without any, on CUDA as one CUDA graph
-        (mode="reduce-overhead").
+        """Compile a step of the sampler, with the options of torch.compile.  Without any: on CUDA as one CUDA graph; on
+        a CPU with frozen weights, copies laid out as its products like them, so call this again if they have changed.
 
         Shapes stay the same from block to block, and so does the graph, but for the first block of all.  A new batch
-        size or the next 256 positions (`transformer.STATIC_LEN`) compile again, once, which takes up to minutes."""
-        if not options and self.device.type == "cuda":
-            options = dict(mode="reduce-overhead")
+        size or the next 256 positions (`transformer.STATIC_LEN`) may compile again, once, which takes up to minutes."""
+        torch._dynamo.reset()  # what was compiled before may hold other weights
         allow_recompilation()
-        self.compiled_step = torch.compile(self.dit.forward, fullgraph=True, dynamic=False, **options)
+        frozen = self.device.type == "cpu" and not options
+        if not options:  # dynamic: then oneDNN multiplies, in fp32 on an AMD CPU twice as fast as MKL
+            options = dict(dynamic=True) if frozen else dict(mode="reduce-overhead", dynamic=False)
+        step = torch.compile(self.dit.forward, fullgraph=True, **options)
+        self.compiled_step = torch._inductor.config.patch(freezing=True)(step) if frozen else step
+        self.spare_cache = None
 
     def step(self, *args):
         """The velocity while sampling: `DiT.forward`, compiled or not."""

@@ -26,7 +26,7 @@ class Options(SamplingOptions):
     num_samples: int = option(10, "samples of each prompt", low=1)
     stop_at_eos: bool = option(True, "end a sample where the model ends its document")
     device: str = option("auto", "auto, cpu, cuda, mps")
-    compile: bool = option(False, "compile a step of the solver: many samples come faster on a GPU, after a minute")
+    compile: bool = option(False, "compile a step of the solver: many samples come faster, after a minute")
     dtype: str = option("auto", "of the weights; auto: bf16 on CUDA, else fp32", choices=DTYPES)
 
 
