@@ -86,8 +86,9 @@ class KVCache:
 
     def pin(self):
         """Tell the compiler that a static cache stays in its place, so that a CUDA graph may write to it."""
-        for tensor in self.k + self.v if self.static else ():
-            torch._dynamo.mark_static_address(tensor)
+        for tensor in self.k + self.v:
+            if self.static and tensor.is_cuda:  # elsewhere it would count as one of the weights
+                torch._dynamo.mark_static_address(tensor)
 
     @property
     def batch_size(self):

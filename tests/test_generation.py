@@ -81,17 +81,20 @@ def test_a_compiled_step_is_the_same_computation(prompts, monkeypatch):
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
 def test_a_sampler_compiled_for_the_cpu():
-    """With frozen weights; compiled again, it has the new ones."""
-    model = ColaDLM(small_vae(), small_dit()).requires_grad_(False)
-    options = dict(max_new_tokens=BLOCK - 1, steps=2)
-    for _ in range(2):
-        model.compiled_step = None
-        wanted = [block.z for block in model.blocks([[1], [2]], **options)]
-        model.compile_sampler()
-        found = [block.z for block in model.blocks([[1], [2]], **options)]
-        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
-        for p in model.dit.parameters():
-            p.mul_(1.1)
+    """With frozen weights, but not with a frozen cache; compiled again, it has the new weights."""
+    model = ColaDLM(small_vae(), small_dit(n_layer=1)).requires_grad_(False)
+
+    def latents(rows):
+        return torch.cat([block.z for block in model.blocks([[]] * rows, 2 * BLOCK, steps=2, cfg_scale=1)], dim=1)
+
+    wanted = [latents(rows) for rows in (2, 3)]
+    model.compile_sampler()
+    for rows, z in zip((2, 3, 2), (*wanted, wanted[0]), strict=True):
+        torch.testing.assert_close(latents(rows), z, atol=1e-4, rtol=1e-4)
+    for p in model.dit.parameters():
+        p.mul_(1.1)
+    model.compile_sampler()
+    assert not torch.allclose(latents(2), wanted[0], atol=1e-2)
 
 
 def test_a_compiled_sampler_reuses_its_cache_and_few_batch_sizes(monkeypatch):
