@@ -52,7 +52,7 @@ def flex_mask(block, noisy, device):
     return create_block_mask(visible, None, None, n, n, device)
 
 
-STATIC_LEN = 256
+STATIC_LEN = 256  # positions; lengths of a static cache are multiples of it
 
 
 class KVCache:
