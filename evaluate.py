@@ -26,7 +26,7 @@ import data
 import judge
 import tasks
 from checkpoint import weight_files
-from cola import ColaDLM
+from cola import ColaDLM, LogWeights
 from common import (
     DTYPES,
     SamplingOptions,
@@ -257,8 +257,7 @@ def prior_fit(report, model, idx, before, corpus, settings, seed):
 
     half = N // 2
     real, others = z0[0 : 2 * half : 2], z0[1 : 2 * half : 2]
-    known = judge.text_of(corpus.tokenizer, corpus.train[: judge.JUDGED].tolist())[: judge.JUDGED]
-    reader = judge.NGramJudge(judge.START + known)
+    reader = judge.NGramJudge(judge.training_text(corpus))
     prompts = before[: 2 * half : 2]  # those of the real ones: generated text continues what held-out text continues
     contexts = [judge.text_of(corpus.tokenizer, row) for row in prompts]
     candidates = {"held-out text": (real, idx[: 2 * half : 2].tolist())}
@@ -329,14 +328,14 @@ def likelihood(report, model, idx, o):
             torch.stack(model.log_weights(ids[i : i + 8], row_ids=range(i, min(i + 8, N)), **options)).cpu()
             for i in tqdm(batches, desc=f"likelihood at t = {read_time}", leave=False, disable=rank() > 0)
         ]
-        terms = torch.cat(collect(weights), dim=-1).double()  # (3, K, N)
-        for what, term in zip(("decoder", "prior", "posterior"), terms, strict=True):
+        terms = LogWeights(*torch.cat(collect(weights), dim=-1).double())  # (K, N) each
+        for what, term in terms._asdict().items():
             estimate = jackknife(lambda i: term[:, i].mean() / idx.shape[1], N)  # noqa: B023
             report.add(name, f"t = {read_time}: log-density of {what}", estimate, N, "nats/token")
-        total = terms[0] + terms[1] - terms[2]
-        bounds = {"ELBO": total.mean(0)}
+        bounds = {"ELBO": terms.total.mean(0)}
         if o.samples > 1:
-            bounds[f"IWAE-{o.samples}" + ("" if o.exact else ", no bound")] = total.logsumexp(0) - math.log(o.samples)
+            log_mean = terms.total.logsumexp(0) - math.log(o.samples)
+            bounds[f"IWAE-{o.samples}" + ("" if o.exact else ", no bound")] = log_mean
         for what, log_p in bounds.items():
             bits = jackknife(lambda i: -log_p[i].sum() / math.log(2) / n_bytes[i].sum(), N)  # noqa: B023
             report.add(name, f"t = {read_time}: {what}", bits, N, "bits/byte")

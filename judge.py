@@ -124,6 +124,11 @@ def text_of(tokenizer, ids):
     return data.decode_bytes(tokenizer, ids).replace(data.END_OF_TEXT.encode(), START)
 
 
+def training_text(corpus):
+    """What a judge reads."""
+    return START + text_of(corpus.tokenizer, corpus.train[:JUDGED].tolist())[:JUDGED]
+
+
 @dataclass
 class Options(SamplingOptions):
     model: str = option("runs/cola", "folder in the released layout; empty: judge --texts only")
@@ -137,8 +142,8 @@ class Options(SamplingOptions):
 def main():
     o, _ = parse_options(Options, __doc__)
     corpus = data.open_tokens(o.data)
-    known = text_of(corpus.tokenizer, corpus.train[:JUDGED].tolist())[:JUDGED]
-    judge = NGramJudge(START + known)
+    known = training_text(corpus)
+    judge = NGramJudge(known)
     rows = yardsticks(corpus, o.num_samples, o.max_new_tokens, o.seed)
     for name in o.texts:
         texts = [text.encode() for text in data.documents([name]) if text]
