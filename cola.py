@@ -60,6 +60,7 @@ def pick_tokens(logits, uniform, temperature, top_k, top_p):
 # ----------------------------------------------------------------------------------------------------------------------
 # The model
 
+
 class ColaDLM(nn.Module):
     """A TextVAE, a DiT over its latents, and the tokenizer that belongs to them (None: token ids only)."""
 
@@ -78,9 +79,11 @@ class ColaDLM(nn.Module):
         torch._dynamo.reset()  # what was compiled before may hold other weights
         allow_recompilation()
         frozen = self.device.type == "cpu" and not options
-        if not options:  # dynamic: then oneDNN multiplies, in fp32 on an AMD CPU twice as fast as MKL
-            options = dict(dynamic=True) if frozen else dict(mode="reduce-overhead", dynamic=False)
-        step = torch.compile(self.dit.forward, fullgraph=True, **options)
+        if frozen:  # with dynamic shapes oneDNN multiplies, in fp32 on an AMD CPU twice as fast as MKL
+            options = dict(dynamic=True)
+        elif self.device.type == "cuda" and not options:
+            options = dict(mode="reduce-overhead")
+        step = torch.compile(self.dit.forward, fullgraph=True, **dict(dynamic=False) | options)
         self.compiled_step = torch._inductor.config.patch(freezing=True)(step) if frozen else step
         self.spare_cache = None
 

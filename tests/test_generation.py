@@ -71,7 +71,7 @@ def test_a_compiled_step_is_the_same_computation(prompts, monkeypatch):
     model = ColaDLM(small_vae(), small_dit()).requires_grad_(False)
     options = dict(max_new_tokens=10, steps=2, seed=5)
     wanted = model.generate(prompts, **options)
-    model.compile_sampler(backend="aot_eager", dynamic=False)  # fails at a graph break
+    model.compile_sampler(backend="aot_eager")  # fails at a graph break
     assert model.generate(prompts, **options) == wanted
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert model.generate(prompts, **options | dict(seed=6)) != wanted
@@ -103,7 +103,7 @@ def test_a_compiled_sampler_reuses_its_cache_and_few_batch_sizes(monkeypatch):
     prompts, options = [[i] * (1 + i) for i in range(6)], dict(max_new_tokens=24, steps=1)
     eos = model.generate(prompts, **options)[0][5]
     wanted = [model.generate(prompts, eos_id=eos, seed=seed, **options) for seed in (0, 1)]
-    model.compile_sampler(backend="eager", dynamic=False)
+    model.compile_sampler(backend="eager")
     made, sizes, real = [], set(), model.step
     new_cache = model.dit.new_cache
     monkeypatch.setattr(model.dit, "new_cache", lambda *args: made.append(args) or new_cache(*args))
@@ -126,7 +126,7 @@ def test_a_compiled_step_writes_into_the_cache_itself():
         return make_boxed_func(graph.forward)
 
     model = ColaDLM(small_vae(), small_dit()).requires_grad_(False)
-    model.compile_sampler(backend=aot_autograd(fw_compiler=compiler), dynamic=False)
+    model.compile_sampler(backend=aot_autograd(fw_compiler=compiler))
     model.generate([[1], [2]], max_new_tokens=2 * BLOCK, steps=1)
     writes = [node for node in nodes if "index_put" in str(node.target)]
     assert writes and all(node.args[0].op == "placeholder" for node in writes)
