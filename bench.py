@@ -2,7 +2,7 @@
 
     python bench.py                                  # sizes of the default run, with blocks of 16
     python bench.py --preset 2b --device cuda
-    python bench.py --compare bench.json             # beside a run before a change: ratios of the times
+    python bench.py --compare before.json            # beside a run before a change: ratios of the times
 
 The ceilings are measured first: the rate of large matrix products and the bandwidth of memory.  A training step, with
 AdamW, is compared with the FLOPs of its products (budget.py) at that rate (MFU); generation with the least time that it
@@ -212,7 +212,7 @@ def median_time(name, function, device, repeats):
         return seconds(function, device, repeats)
     except torch.OutOfMemoryError:
         print(f"{name:44} out of memory")
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
 
 
 def build(o, device):
@@ -347,7 +347,9 @@ def generation(o, model, device, table, rate, bandwidth, label):
 def main():
     o, _ = common.parse_options(Options, __doc__)
     device = common.pick_device(o.device)
-    earlier = json.loads(Path(o.compare).read_text())["figures"] if o.compare else {}
+    if o.compare == o.out:
+        raise ValueError(f"--compare {o.compare} would be overwritten: choose another --out")
+    earlier = json.loads(Path(o.compare).read_text()).get("figures", {}) if o.compare else {}
     torch.manual_seed(o.seed)
     name = f"{device}, {torch.get_num_threads()} threads"
     if device.type == "cuda":

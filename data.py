@@ -481,8 +481,8 @@ def micro_batch(batch_size, wanted, devices):
     if the batch does not split evenly."""
     size = wanted or max(batch_size // devices, 1)
     if batch_size % (size * devices):
-        times = f" times {devices} devices" if devices > 1 else ""
-        raise ValueError(f"--batch-size {batch_size} must be a multiple of --micro-batch {size}{times}")
+        factors = [f"--micro-batch {wanted}"] * (wanted > 0) + [f"{devices} devices"] * (devices > 1)
+        raise ValueError(f"--batch-size {batch_size} must be a multiple of {' times '.join(factors)}")
     return size
 
 

@@ -407,6 +407,8 @@ SECTIONS = ("reconstruction", "compression", "prior", "likelihood")
 CONTEXT = 16  # tokens before each held-out sequence that the n-gram judge reads
 
 
+DIAGNOSTICS_ONLY = ("sections", "num_sequences", "seq_len", "likelihood_sequences", "read_times", "plot")
+LIKELIHOOD_ONLY = ("samples", "ode_steps", "exact", "rank_time")  # of the diagnostics and of --rank
 BENCHMARKS_ONLY = ("max_new_tokens", "task_data", "rank", "rank_time", "dtype", "compile", "limit", "batch_size")
 
 
@@ -443,8 +445,12 @@ def main():
     if o.score:
         return tasks.score_files(o.score, o.tasks, Path(o.out) if o.out else None)
     o.out = o.out or ("runs/benchmarks" if o.tasks else "runs/evaluation")
-    if not o.tasks and (useless := given & set(BENCHMARKS_ONLY)):
-        raise ValueError(f"{flag(min(useless))} is for --tasks: leave it out")
+    useless = given & set(DIAGNOSTICS_ONLY if o.tasks else BENCHMARKS_ONLY)
+    if o.tasks and not o.rank:
+        useless |= given & set(LIKELIHOOD_ONLY)
+    if useless:
+        kind = "the diagnostics or --rank" if o.tasks else "--tasks"
+        raise ValueError(f"{flag(min(useless))} is for {kind}: leave it out")
     if unknown := set(o.sections) - set(SECTIONS):
         raise ValueError(f"unknown section {sorted(unknown)[0]}: choose among {' '.join(SECTIONS)}")
     if o.plot and importlib.util.find_spec("matplotlib") is None:

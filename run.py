@@ -25,7 +25,7 @@ class Run:
     folder/log.jsonl     the losses
     folder/training/300  the state after 300 steps; run.json is written last, so a state without it is unfinished
 
-    Nothing is written before the first `save`, so a run that cannot start leaves no trace."""
+    Nothing of this is written before the first `save`."""
 
     # Options that may change when a run is resumed.
     FREE = ("resume", "out", "device", "save_every", "fsdp", "micro_batch", "checkpointing", "compile")
@@ -58,7 +58,8 @@ class Run:
         """Find the last complete state; returns its options."""
         steps = [int(file.parent.name) for file in self.folder.glob("training/*/run.json")]
         if not steps:
-            raise FileNotFoundError(f"{self.folder}/training holds nothing: there is no run to resume")
+            advice = "start it anew with another --out"
+            raise FileNotFoundError(f"{self.folder}/training holds nothing: there is no run to resume, {advice}")
         self.step = max(steps)
         file = self.state_folder / "run.json"
         try:
@@ -124,4 +125,4 @@ def plain_errors(kind, message):
             yield
     except dcp.api.CheckpointException as error:
         cause, _ = next(iter(error.failures.values()))
-        raise kind(f"{message}: {cause}") from None
+        raise kind(f"{message}: {type(cause).__name__}: {cause}") from None

@@ -182,7 +182,7 @@ def main():
     vae = load_vae(source, device)
     tokenizer = find_tokenizer(source, vae.config.vocab_size, required=True)
     config = config_of(o, vae.config)
-    o.micro_batch = data.micro_batch(o.batch_size, o.micro_batch, processes.n_processes())
+    micro_batch = data.micro_batch(o.batch_size, o.micro_batch, processes.n_processes())
     data.check_seq_len(o.seq_len, vae.config)
     if o.cache_latents and (o.joint or not vae.config.use_variation):
         raise ValueError("--cache-latents is for a frozen VAE with a variance: leave it out")
@@ -224,8 +224,7 @@ def main():
     n_params = sum(p.numel() for p in dit.parameters())
     print(f"{len(corpus.train):,} training tokens; prior of {n_params:,} parameters on {device}")
 
-    def save(step):
-        run.save(step, optimizer, **states)
+    def export():
         average = {name: processes.whole(model) for name, model in ema.items()}
         if processes.rank() == 0:
             save_dit(average["dit"], run.folder)
@@ -236,7 +235,8 @@ def main():
         if processes.rank() == 0:
             save_vae(vae, run.folder)  # a frozen VAE and the tokenizer stay as they are
             data.save_tokenizer(tokenizer, run.folder / "tokenizer.json")
-        save(0)  # from here on --resume finds all it needs
+        run.save(0, optimizer, **states)  # from here on --resume finds all it needs
+    export()
     latents = None
     if o.cache_latents:
         with torch.no_grad(), amp:
@@ -249,7 +249,7 @@ def main():
             else:
                 idx = data.random_rows(latents, o.batch_size, o.seed, step).to(device)  # (B, n, 2, d)
             lr = common.learning_rate(step, o.steps, o.warmup, o.lr, o.final_lr)
-            parts, passes = common.parts_of_batch(idx, o.micro_batch, o.seed, step), []
+            parts, passes = common.parts_of_batch(idx, micro_batch, o.seed, step), []
             for part, generator in parts:
                 objective.require_backward_grad_sync = len(passes) == len(parts) - 1  # DDP averages gradients but once
                 with amp:
@@ -263,7 +263,8 @@ def main():
             if (step + 1) % o.log_every == 0 or step + 1 == o.steps:
                 run.record(bar, step + 1, lr, passes)
             if (step + 1) % o.save_every == 0 or step + 1 == o.steps:
-                save(step + 1)
+                run.save(step + 1, optimizer, **states)
+                export()
 
     average = {name: processes.whole(model) for name, model in ema.items()}
     if processes.rank() > 0:
@@ -272,7 +273,7 @@ def main():
     held_out = data.even_batch(corpus.val, EVAL_SEQUENCES, o.seq_len).to(device)
     generator = common.step_generator(o.seed, 0, device)
     with torch.no_grad(), amp:
-        parts = held_out.split(o.micro_batch)
+        parts = held_out.split(micro_batch)
         loss = sum(frozen_loss(vae, dit, part, o, generator)[0] * len(part) for part in parts) / len(held_out)
     print(f"flow-matching loss on {held_out.numel():,} held-out tokens: {loss.item():.4f}")
     print(f"the model is in {run.folder}; next: python sample.py --model {run.folder}")

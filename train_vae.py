@@ -79,7 +79,7 @@ def main():
 
     # Text, tokens, tokenizer.
     config = config_of(o)
-    o.micro_batch = data.micro_batch(o.batch_size, o.micro_batch, processes.n_processes())
+    micro_batch = data.micro_batch(o.batch_size, o.micro_batch, processes.n_processes())
     data.check_seq_len(o.seq_len, config)
 
     def tokenizer():
@@ -108,8 +108,7 @@ def main():
     print(f"{len(corpus.train):,} training tokens of {vae.config.vocab_size:,} ids")
     print(f"VAE of {n_params:,} parameters on {device}")
 
-    def save(step):
-        run.save(step, optimizer, vae)
+    def export():
         whole = processes.whole(vae)
         if processes.rank() == 0:
             save_vae(whole, run.folder)
@@ -117,13 +116,14 @@ def main():
     if not o.resume:
         if processes.rank() == 0:
             data.save_tokenizer(corpus.tokenizer, run.folder / "tokenizer.json")
-        save(0)  # from here on --resume finds all it needs
+        run.save(0, optimizer, vae)  # from here on --resume finds all it needs
+    export()
     tokens_per_step = o.batch_size * o.seq_len
     with common.progress_bar(run.step, o.steps, tokens_per_step) as bar:
         for step in range(run.step, o.steps):
             idx = data.random_batch(corpus.train, o.batch_size, o.seq_len, o.seed, step).to(device)  # (B, L)
             lr = common.learning_rate(step, o.steps, o.warmup, o.lr, o.final_lr)
-            parts, passes = common.parts_of_batch(idx, o.micro_batch, o.seed, step), []
+            parts, passes = common.parts_of_batch(idx, micro_batch, o.seed, step), []
             for part, generator in parts:
                 objective.require_backward_grad_sync = len(passes) == len(parts) - 1  # DDP averages gradients but once
                 with amp:
@@ -136,14 +136,15 @@ def main():
             if (step + 1) % o.log_every == 0 or step + 1 == o.steps:
                 run.record(bar, step + 1, lr, passes)
             if (step + 1) % o.save_every == 0 or step + 1 == o.steps:
-                save(step + 1)
+                run.save(step + 1, optimizer, vae)
+                export()
 
     vae = processes.whole(vae)
     if processes.rank() > 0:
         return
     vae = vae.to(device)
     held_out = data.even_batch(corpus.val, EVAL_SEQUENCES, o.seq_len).to(device)
-    parts = held_out.split(o.micro_batch)
+    parts = held_out.split(micro_batch)
     accuracy = sum(token_accuracy(vae, part) * len(part) for part in parts) / len(held_out)
     print(f"reconstruction: {100 * accuracy:.2f} % of {held_out.numel():,} held-out tokens")
     text = "" if data.is_prepared(run.folder / "data") else f" --data {o.data[0]}"

@@ -71,7 +71,7 @@ class KVCache:
 
         def empty():  # a tensor for each layer: a graph compiled for one for all would copy it to write to a layer
             shape = (batch_size, n_head, max_len, head_dim)
-            return [torch.zeros(shape, device=device, dtype=dtype) for _ in range(n_layer)]  # a masked NaN stays a NaN
+            return [torch.empty(shape, device=device, dtype=dtype) for _ in range(n_layer)]
 
         self.memory = empty(), empty()
         self.max_len, self.static = max_len, static  # in positions
@@ -80,6 +80,8 @@ class KVCache:
     def clear(self):
         """Forget everything; returns itself."""
         self.k, self.v = map(list, self.memory)
+        for tensor in self.k + self.v:
+            tensor.zero_()  # a masked NaN would still be a NaN
         self.length = torch.zeros(len(self.k[0]), dtype=torch.long)
         self.pin()
         return self
@@ -226,7 +228,7 @@ def compile_blocks(model, **options):
 
 def allow_recompilation():
     """More shapes than PyTorch would compile for: of several lengths, batch sizes and precisions."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 4096
 
 
 def check_sizes(config):

@@ -153,7 +153,7 @@ def kill_while_saving(rank):
 @pytest.mark.parametrize("fsdp", ["", "--fsdp"])
 @pytest.mark.parametrize("sabotage, step", [(kill_while_stepping, 3), (kill_while_saving, 0)])
 def test_what_two_began_and_one_left_a_single_one_finishes(alone, tmp_path, monkeypatch, sabotage, step, fsdp):
-    arguments = f"--vae {alone}/adamw-vae {PRIOR} --optimizer adamw {fsdp} --out out"
+    arguments = f"--vae {alone}/adamw-vae {PRIOR} --optimizer adamw --micro-batch 2 {fsdp} --out out"
     codes, _ = processes(train_prior.main, arguments, tmp_path, sabotage)
     assert -signal.SIGKILL in codes and 0 not in codes
     assert ColaDLM.from_pretrained(tmp_path / "out")
@@ -163,18 +163,20 @@ def test_what_two_began_and_one_left_a_single_one_finishes(alone, tmp_path, monk
     assert same_run(tmp_path / "out", alone / "adamw-prior")
 
 
-def test_what_one_began_two_finish(alone, tmp_path, monkeypatch):
+@pytest.mark.parametrize("micro_batch", ["--micro-batch 2", ""])
+def test_what_one_began_two_finish(alone, tmp_path, monkeypatch, micro_batch):
+    """Without --micro-batch each has half of a batch at once, and other random numbers."""
     def stop(*args):
         raise KeyboardInterrupt
 
-    arguments = f"--vae {alone}/adamw-vae {PRIOR} --optimizer adamw --micro-batch 2 --out out"
+    arguments = f"--vae {alone}/adamw-vae {PRIOR} --optimizer adamw {micro_batch} --out out"
     monkeypatch.setattr(common, "optimizer_step", stopping(common.optimizer_step, 4, stop))
     with pytest.raises(KeyboardInterrupt):
         call(train_prior.main, arguments, monkeypatch, tmp_path)
     monkeypatch.undo()
     codes, output = processes(train_prior.main, "--resume --fsdp --out out", tmp_path)
     assert codes == [0, 0], output
-    assert same_run(tmp_path / "out", alone / "adamw-prior")
+    assert not micro_batch or same_run(tmp_path / "out", alone / "adamw-prior")
 
 
 def as_process(monkeypatch, rank, n):
@@ -202,6 +204,8 @@ def test_a_batch_splits_evenly():
     assert data.micro_batch(8, 0, 2) == 4 and data.micro_batch(8, 2, 2) == 2
     with pytest.raises(ValueError, match="--batch-size 6 must be a multiple of --micro-batch 2 times 2 devices"):
         data.micro_batch(6, 2, 2)
+    with pytest.raises(ValueError, match="--batch-size 5 must be a multiple of 2 devices"):
+        data.micro_batch(5, 0, 2)
 
 
 def test_samples_do_not_depend_on_the_number_of_processes(alone, tmp_path, monkeypatch, capsys):

@@ -244,6 +244,8 @@ def test_ranking_by_likelihood(trained, tmp_path, monkeypatch):
         ("--score in/other.jsonl", "there is no task 'other'"),
         ("--score in/lambada.jsonl --tasks all", "--tasks all: with --score it says which one task"),
         ("--limit 3", "--limit is for --tasks: leave it out"),
+        ("--tasks lambada --plot", "--plot is for the diagnostics or --rank: leave it out"),
+        ("--tasks mmlu --rank-time 0.3", "--rank-time is for the diagnostics or --rank: leave it out"),
         ("--data {text}/tokens", "the text was tokenized differently"),
         ("--sections everything", "unknown section everything"),
         ("--read-times 1.5", "--read-times 1.5 is out of range"),

@@ -110,6 +110,9 @@ def test_a_compiled_sampler_reuses_its_cache_and_few_batch_sizes(monkeypatch):
     monkeypatch.setattr(model, "step", lambda z, *args: sizes.add(len(z)) or real(z, *args))
     for seed in (0, 1, 0):
         assert model.generate(prompts, eos_id=eos, seed=seed, **options) == wanted[seed]
+    noise = torch.full((2, 6, BLOCK, d), float("nan"))
+    model.generate(prompts, noise=noise, **options)  # leaves nothing behind
+    assert model.generate(prompts, eos_id=eos, seed=0, **options) == wanted[0]
     assert len(made) == 1 and sizes <= {1, 2, 4, 6, 8, 12} and len(sizes) > 2
     streams = [model.stream(prompts, eos_id=eos, seed=seed, **options) for seed in (0, 1)]
     for seed, pieces in enumerate(zip(*zip(*streams, strict=True), strict=True)):

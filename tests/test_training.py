@@ -309,8 +309,18 @@ def test_resuming_from_the_state_of_another_model(trained, tmp_path, monkeypatch
     shutil.copytree(trained / "runs" / "cola" / "training", tmp_path / "other")
     for file in ("__0_0.distcp", ".metadata"):
         shutil.copy(tmp_path / "other" / "6" / file, tmp_path / "out" / "training" / "6" / file)
-    with pytest.raises(ValueError, match="does not fit this run: Missing key"):
+    with pytest.raises(ValueError, match="does not fit this run: RuntimeError: Missing key"):
         call(train_vae.main, "--resume --out out", monkeypatch, tmp_path)
+
+
+def test_resuming_a_finished_run_writes_its_model_again(trained, tmp_path, monkeypatch):
+    """An interruption may have come between the training state and the model."""
+    shutil.copytree(trained / "runs" / "vae", tmp_path / "out")
+    file = tmp_path / "out" / "cola_vae" / "model.safetensors"
+    whole = file.read_bytes()
+    file.unlink()
+    call(train_vae.main, "--resume --out out", monkeypatch, tmp_path)
+    assert file.read_bytes() == whole
 
 
 def test_a_full_disk_is_reported(trained, text, tmp_path, monkeypatch):
@@ -319,7 +329,7 @@ def test_a_full_disk_is_reported(trained, text, tmp_path, monkeypatch):
 
     monkeypatch.setattr(dcp.FileSystemWriter, "write_data", fail)
     arguments = f"--data {text} --vocab-size 300 {VAE_SIZE} {COMMON} --steps 6"
-    with pytest.raises(OSError, match="could not write training/0: no space left on device"):
+    with pytest.raises(OSError, match="could not write training/0: OSError: no space left on device"):
         call(train_vae.main, f"{arguments} --out .", monkeypatch, tmp_path)
 
 
