@@ -11,7 +11,7 @@ and to multiply.
 
 Beside each stands the slow way of doing the same thing, with the same numbers as a result, up to rounding: all
 sequences of a batch as one long one under a dense mask, plain attention, the modulation computed for every position,
-keys rotated anew in every step, guidance in two passes.
+keys rotated anew in every step, guidance in two passes; and each of these alone.
 """
 
 import json
@@ -344,6 +344,40 @@ def generation(o, model, device, table, rate, bandwidth, label):
         measure(f"generation, {rows} rows{label}, twice the tokens", rows, n=2 * o.new_tokens)
 
 
+@torch.no_grad()
+def savings(o, model, device, table, label):
+    """Each part of the slow way alone, over what takes its place: for one step in the last block of SLOW_ROWS rows."""
+    dit, c, B = model.dit, model.dit.config, SLOW_ROWS
+    n, K, dtype = c.block_size, o.new_tokens, dit.txt_in.proj.weight.dtype
+    t, every_t = torch.ones(1, device=device), torch.ones(B * n, device=device)
+    z = torch.randn(2 * B, n, c.latent_dim, device=device)
+    cache = dit.new_cache(B, K)
+    cache.commit(K - n)
+    alone, both = (dit.layout(n, device, cache, copies) for copies in (1, 2))
+    q, k = (torch.randn(B, c.n_head, m, c.head_dim, device=device, dtype=dtype) for m in (n, K))
+    of_block, of_all = (dit.rope(torch.arange(m)[None]) for m in (n, K))
+    q_line, k_line = (y.transpose(0, 1).flatten(1, 2) for y in (q, k))  # (H, B n, D) and (H, B K, D)
+    q_row, k_row = (torch.arange(B, device=device).repeat_interleave(m) for m in (n, K))
+    mask = (q_row[:, None] == k_row).log().to(dtype)  # 0, or -inf between rows
+
+    def two_passes():
+        dit(z[:B], t, layout=alone, cache=cache)
+        dit(z[B:], t)
+
+    for name, slow, fast in [
+        ("modulation for each time", lambda: dit.modulation(every_t), lambda: dit.modulation(t)),
+        ("guidance in one pass", two_passes, lambda: dit(z, t, layout=both, cache=cache)),
+        ("rotated keys in the cache", lambda: rotate(k, of_all, pairs), lambda: rotate(k[:, :, :n], of_block, pairs)),
+        (
+            "attention row by row",
+            lambda: (q_line @ k_line.transpose(1, 2) + mask).softmax(-1) @ k_line,
+            lambda: F.scaled_dot_product_attention(q, k, k),
+        ),
+    ]:
+        slow_ms, ms = (1e3 * seconds(function, device, o.repeats) for function in (slow, fast))
+        table.add(f"saving, {label}: {name}", ratio=slow_ms / ms, slow_ms=slow_ms, ms=ms)
+
+
 def main():
     o, _ = common.parse_options(Options, __doc__)
     device = common.pick_device(o.device)
@@ -373,6 +407,8 @@ def main():
         if o.compile:
             model.compile_sampler()
         generation(o, model, device, table, rate, bandwidth, f", {label}")
+        if o.slow:
+            savings(o, model, device, table, label)
     print(f"on {name}; all figures are in {o.out}")
 
 
