@@ -232,7 +232,8 @@ def training(o, model, device, table, rate):
     vae, dit = model.vae, model.dit
     amp = common.autocast(device, o.precision)
     if o.compile:
-        compile_blocks(vae), compile_blocks(dit)
+        for part in (vae, dit):
+            compile_blocks(part)
     optimizers = [common.make_optimizer([(part, 1.0)], "adamw", 0.01) for part in (vae, dit)]
 
     def stage1(L, B):
@@ -323,25 +324,25 @@ def generation(o, model, device, table, rate, bandwidth, label):
         return median
 
     for rows in o.rows:
-        fast = measure(f"generation, {rows} rows{label}", rows)
-        measure(f"generation, {rows} rows{label}, first block", rows, n=c.block_size)
+        fast = measure(f"generation, {rows} rows, {label}", rows)
+        measure(f"generation, {rows} rows, {label}, first block", rows, n=c.block_size)
         if not o.slow or rows > SLOW_ROWS:
             continue
 
         def slow_run():
             return slow_generation(model, rows, o.new_tokens, o.steps, o.cfg_scale, o.seed)  # noqa: B023
 
-        name = f"generation, {rows} rows{label}, slow way"
+        name = f"generation, {rows} rows, {label}, slow way"
         if slow := median_time(name, slow_run, device, 1):
             table.add(name, ms=1e3 * slow)
         if fast and slow:
             values = dict(ratio=slow / fast, difference=(run(rows) - slow_run()).abs().mean().item())
-            table.add(f"generation, {rows} rows{label}: gain over the slow way", **values)
+            table.add(f"generation, {rows} rows, {label}: gain over the slow way", **values)
     if o.growth:
         rows = o.rows[0]
-        measure(f"generation, {rows} rows{label}, twice the steps", rows, steps=2 * o.steps)
-        measure(f"generation, {rows} rows{label}, no guidance", rows, cfg_scale=1.0)
-        measure(f"generation, {rows} rows{label}, twice the tokens", rows, n=2 * o.new_tokens)
+        measure(f"generation, {rows} rows, {label}, twice the steps", rows, steps=2 * o.steps)
+        measure(f"generation, {rows} rows, {label}, no guidance", rows, cfg_scale=1.0)
+        measure(f"generation, {rows} rows, {label}, twice the tokens", rows, n=2 * o.new_tokens)
 
 
 @torch.no_grad()
@@ -398,15 +399,16 @@ def main():
     training(o, model, device, table, rate)
 
     # Generation on a CPU: with weights in fp32 and then in bf16, if it multiplies that.  On CUDA in bf16 alone.
-    model = build(o, device).eval()
-    dtypes = dict(fp32=torch.float32, bf16=torch.bfloat16)
-    for label in ["bf16"] if device.type == "cuda" and bf16 else ["fp32", "bf16"] if bf16 else ["fp32"]:
-        rate, bandwidth = ceilings(device, dtypes[label], o.repeats)
+    model, dtypes = build(o, device).eval(), dict(fp32=torch.float32)
+    if bf16:
+        dtypes = dict(bf16=torch.bfloat16) if device.type == "cuda" else dtypes | dict(bf16=torch.bfloat16)
+    for label, dtype in dtypes.items():
+        rate, bandwidth = ceilings(device, dtype, o.repeats)
         table.add(f"ceiling: products in {label}", TFLOPs_per_s=rate / 1e12, GB_per_s=bandwidth / 1e9)
-        model = model.to(dtypes[label])
+        model = model.to(dtype)
         if o.compile:
             model.compile_sampler()
-        generation(o, model, device, table, rate, bandwidth, f", {label}")
+        generation(o, model, device, table, rate, bandwidth, label)
         if o.slow:
             savings(o, model, device, table, label)
     print(f"on {name}; all figures are in {o.out}")

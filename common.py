@@ -193,7 +193,7 @@ DTYPES = ("auto", "fp32", "bf16")
 
 def weights_dtype(name, device):
     """torch.dtype of weights for sampling, from a name in DTYPES; auto: bfloat16 on CUDA that multiplies it."""
-    bf16 = name == "bf16" or (name == "auto" and device.type == "cuda" and multiplies_bf16(device))
+    bf16 = name == "bf16" or (device.type == "cuda" and uses_bf16(device, name))
     return torch.bfloat16 if bf16 else torch.float32
 
 

@@ -216,8 +216,8 @@ def main():
     if o.fsdp:  # the average is kept in the same parts
         distributed(ema)
     lr_ratios = dict(dit=1.0, vae=o.vae_lr_ratio)
-    parts = [(part, lr_ratios[name]) for name, part in trained.items()]
-    optimizer = common.make_optimizer(parts, o.optimizer, o.weight_decay)
+    with_ratios = [(model, lr_ratios[name]) for name, model in trained.items()]
+    optimizer = common.make_optimizer(with_ratios, o.optimizer, o.weight_decay)
     states = dict(trained=trained, ema=ema) | (dict(reference=vae) if o.joint else {})
     if o.resume:
         run.restore(optimizer, **states)

@@ -71,19 +71,23 @@ class KVCache:
 
         def empty():  # a tensor for each layer: a graph compiled for one for all would copy it to write to a layer
             shape = (batch_size, n_head, max_len, head_dim)
-            return [torch.empty(shape, device=device, dtype=dtype) for _ in range(n_layer)]
+            return [torch.zeros(shape, device=device, dtype=dtype) for _ in range(n_layer)]
 
         self.memory = empty(), empty()
         self.max_len, self.static = max_len, static  # in positions
-        self.clear()
+        self.rewind()
+
+    def rewind(self):
+        """No row has a history, and all rows are there."""
+        self.k, self.v = map(list, self.memory)
+        self.length = torch.zeros(len(self.k[0]), dtype=torch.long)
+        self.pin()
 
     def clear(self):
         """Forget everything; returns itself."""
-        self.k, self.v = map(list, self.memory)
-        for tensor in self.k + self.v:
+        for tensor in self.memory[0] + self.memory[1]:
             tensor.zero_()  # a masked NaN would still be a NaN
-        self.length = torch.zeros(len(self.k[0]), dtype=torch.long)
-        self.pin()
+        self.rewind()
         return self
 
     def pin(self):
