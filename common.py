@@ -9,11 +9,13 @@ import os
 import re
 import sys
 import time
+from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 from processes import local_rank, n_processes, rank, under_torchrun
@@ -201,17 +203,68 @@ def uses_bf16(device, precision):
     return precision == "bf16" or (precision == "auto" and multiplies_bf16(device))
 
 
+def muon_dtype(device, precision):
+    """torch.dtype of the products in Muon: bfloat16 if training uses it and the hardware multiplies it, else fp32."""
+    return torch.bfloat16 if uses_bf16(device, precision) and multiplies_bf16(device) else torch.float32
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Optimizer and schedule
 
 
-def make_optimizer(parts, name, weight_decay):
+class Muon(torch.optim.Optimizer):
+    """Momentum with orthogonal updates for matrices (arXiv:2502.16982, Algorithm 1 and section 2.2).
+
+    m <- 0.95 m + 0.05 g;  u = orthogonalize(0.95 m + 0.05 g);  W <- (1 - lr decay) W - lr 0.2 sqrt(max(rows, columns)) u
+
+    The square root gives an update the size that AdamW's would have, so one learning rate serves both.  The same
+    computation as torch.optim.Muon, which multiplies in bfloat16 whatever the hardware, and matrix by matrix; here
+    `dtype` is that of the products, and matrices of one shape share them."""
+
+    def __init__(self, params, lr=1e-3, weight_decay=0.0, momentum=0.95, dtype=torch.float32):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure=None):  # torch.distributed.checkpoint passes closure=None
+        for group in self.param_groups:
+            lr, momentum, alike = group["lr"], group["momentum"], defaultdict(list)
+            for p in (p for p in group["params"] if p.grad is not None):
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                buffer = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+                alike[p.shape].append((p, p.grad.lerp(buffer, momentum)))
+            for (rows, columns), pairs in alike.items():
+                # Of sharded matrices (FSDP) every process orthogonalizes the whole and keeps its own part.
+                updates = torch.stack([u.full_tensor() if isinstance(u, DTensor) else u for _, u in pairs])
+                updates = orthogonalize(updates.to(self.dtype)).float()
+                for (p, _), u in zip(pairs, updates, strict=True):
+                    if isinstance(p, DTensor):
+                        u = distribute_tensor(u, p.device_mesh, p.placements, src_data_rank=None)
+                    p.mul_(1 - lr * group["weight_decay"])
+                    p.add_(u, alpha=-lr * 0.2 * max(rows, columns) ** 0.5)
+
+
+def orthogonalize(x, steps=5, coefficients=(3.4445, -4.7750, 2.0315)):
+    """Replace the singular values of matrices x (N, rows, columns) by about 1: the Newton-Schulz iteration
+    X <- a X + b (X X^T) X + c (X X^T)^2 X, which acts on each singular value as a s + b s^3 + c s^5.
+
+    Muon's coefficients are steep at 0 and leave values between 0.7 and 1.2 after 5 steps; (15/8, -10/8, 3/8) converge
+    to 1.  Products are in the dtype of x."""
+    a, b, c = coefficients
+    wide = x if x.shape[1] <= x.shape[2] else x.mT
+    wide = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # now no singular value is above 1
+    for _ in range(steps):
+        gram = wide @ wide.mT
+        gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        wide = torch.baddbmm(wide, gram, wide, beta=a)
+    return wide if x.shape[1] <= x.shape[2] else wide.mT
+
+
+def make_optimizer(parts, name, weight_decay, dtype=torch.float32):
     """AdamW with betas (0.9, 0.95); with the name "muon", Muon for what `hidden_matrices` of a module returns.
 
-    parts: list of (module, learning-rate ratio).  Vectors are not decayed.  Muon makes the update of a matrix
-    orthogonal, so that rare directions learn as fast as frequent ones, and gives it the size that AdamW's would have
-    (arXiv:2502.16982): one learning rate serves both.  Raises ValueError where PyTorch is older than 2.9, the first
-    with Muon."""
+    parts: list of (module, learning-rate ratio).  Vectors are not decayed.  dtype: of the products in Muon."""
     adamw, muon = [], []
     for module, lr_ratio in parts:
         hidden = {id(p) for p in module.hidden_matrices()} if name == "muon" else set()
@@ -223,25 +276,42 @@ def make_optimizer(parts, name, weight_decay):
     fused = all(p.device.type in ("cpu", "cuda") for group in adamw for p in group["params"])
     optimizers = [torch.optim.AdamW(adamw, betas=(0.9, 0.95), fused=fused)]
     if name == "muon":
-        if not hasattr(torch.optim, "Muon"):
-            raise ValueError(f"PyTorch {torch.__version__} has no Muon: install 2.9 or newer, or use --optimizer adamw")
-        optimizers.append(torch.optim.Muon(muon, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(muon, weight_decay=weight_decay, dtype=dtype))
     return Optimizers(optimizers)
 
 
 class Optimizers:
-    """Several optimizers as one."""
+    """Several optimizers as one.  Prints a line if they take more than a third of a training step."""
+
+    TIMED = slice(3, 13)  # steps; the first ones are slower
 
     def __init__(self, optimizers):
-        self.optimizers = optimizers
+        self.optimizers, self.spans = optimizers, []
 
     @property
     def param_groups(self):
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def step(self):
+        timing = len(self.spans) < self.TIMED.stop
+        start = self.now() if timing else None
         for optimizer in self.optimizers:
             optimizer.step()
+        if timing:
+            self.spans.append((start, self.now()))
+        if timing and len(self.spans) == self.TIMED.stop and self.share() > 1 / 3 and rank() == 0:
+            advice = "a larger --batch-size or --optimizer adamw makes more of the time"
+            tqdm.write(f"the optimizer takes {self.share():.0%} of a training step: {advice}", file=sys.stderr)
+
+    def share(self):
+        """Of the time of the steps in TIMED."""
+        whole = self.spans[-1][1] - self.spans[self.TIMED.start - 1][1]
+        return sum(end - start for start, end in self.spans[self.TIMED]) / whole
+
+    def now(self):
+        if any(p.is_cuda for group in self.param_groups for p in group["params"]):
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     def zero_grad(self):
         for optimizer in self.optimizers:  # DDP keeps its gradients in buckets, to be used again

@@ -364,6 +364,8 @@ def encode_prompt(tokenizer, text):
 
 def decode_bytes(tokenizer, ids):
     """UTF-8 bytes of ids; an id that the model has but the tokenizer does not stands for nothing."""
+    with contextlib.suppress(KeyError):
+        return tokenizer.decode_bytes(ids)  # all at once, if the tokenizer has them all
     parts = []
     for i in ids:
         with contextlib.suppress(KeyError):

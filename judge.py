@@ -7,11 +7,16 @@ The judge is an n-gram model of the training text, and its bits per byte are the
 the table has held-out text, the same with its words shuffled, and samples of a bigram and a unigram model of the
 tokens.  Text can score well by repeating or reciting, so each row also says how varied it is and how much is new."""
 
+import bisect
+import functools
 import math
+import os
 import random
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 from itertools import pairwise
+
+import numpy as np
 
 import data
 from cola import ColaDLM
@@ -25,30 +30,52 @@ class NGramJudge:
     """Interpolated Witten-Bell n-gram model of bytes.
 
     p(b | h) = (count(h b) + types(h) p(b | h')) / (count(h) + types(h)), where h' is h without its first byte and
-    types(h) the number of different bytes seen after h; below the empty history lies the uniform distribution."""
+    types(h) the number of different bytes seen after h; below the empty history lies the uniform distribution.
+
+    An n-gram is a number of 8 n bits, the last byte lowest; tables are sorted arrays, searched for all bytes of a text
+    at once."""
 
     def __init__(self, text, order=7):
-        """text: bytes; order: bytes of history, plus one."""
-        self.counts = [Counter(text[i : i + n] for i in range(len(text) - n + 1)) for n in range(1, order + 1)]
-        self.total, self.types = Counter(), Counter()  # by history
-        for counts in self.counts:
-            for gram, count in counts.items():
-                self.total[gram[:-1]] += count
-                self.types[gram[:-1]] += 1
+        """text: bytes, at least one; order: bytes of history, plus one, at most 8.  Raises ValueError for another."""
+        if not 1 <= order <= 8 or not text:
+            raise ValueError(f"order {order} must be between 1 and 8, and the text must not be empty")
+        self.tables = []  # for every length n of a history: grams, their counts; histories, their totals and types
+        for n in range(min(order, len(text))):
+            grams, counts = np.unique(ngrams(text, n + 1), return_counts=True)
+            first = np.flatnonzero(np.r_[True, np.diff(grams >> EIGHT) > 0])  # of the grams that share a history
+            total, types = np.add.reduceat(counts, first), np.diff(np.r_[first, len(grams)])
+            self.tables.append(((grams, counts), (grams[first] >> EIGHT, total), (grams[first] >> EIGHT, types)))
 
     def bits(self, text, context=b""):
         """-log2 p(text | context), both bytes."""
-        bits, whole = 0.0, context + text
-        for i in range(len(context), len(whole)):
-            p = 1 / 256
-            for n, counts in enumerate(self.counts):  # n: length of the history
-                history = whole[i - n : i]
-                if n > i or history not in self.total:
-                    break
-                types = self.types[history]
-                p = (counts[whole[i - n : i + 1]] + types * p) / (self.total[history] + types)
-            bits -= math.log2(p)
-        return bits
+        whole, start = context + text, len(context)
+        p = np.full(len(text), 1 / 256)
+        for n, (counts, totals, types) in enumerate(self.tables):
+            at = np.arange(max(start, n), len(whole))  # bytes of the text that have a history so long
+            grams = ngrams(whole, n + 1)[at - n]
+            total, kinds = look_up(totals, grams >> EIGHT), look_up(types, grams >> EIGHT)
+            longer = (look_up(counts, grams) + kinds * p[at - start]) / np.maximum(total + kinds, 1)
+            p[at - start] = np.where(total > 0, longer, p[at - start])
+        return float(-np.log2(p).sum())
+
+
+EIGHT = np.uint64(8)
+
+
+def ngrams(text, n):
+    """The n bytes from every place of a text on, as numbers: uint64 (len(text) - n + 1,)."""
+    text = np.frombuffer(text, np.uint8)
+    grams = np.zeros(max(len(text) - n + 1, 0), np.uint64)
+    for i in range(n):
+        grams = (grams << EIGHT) | text[i : i + len(grams)]
+    return grams
+
+
+def look_up(table, keys):
+    """The values of keys in a table of (sorted keys, values); 0 for those that it does not have."""
+    known, values = table
+    place = np.searchsorted(known, keys).clip(max=len(known) - 1)
+    return np.where(known[place] == keys, values[place], 0)
 
 
 def bits_per_byte(judge, texts, contexts):
@@ -74,17 +101,39 @@ def describe(texts, contexts, known):
     for text, context in zip(texts, contexts, strict=True):
         first = 0 if context.endswith(b"\n") else 1  # a line that began in the context; the last one may be cut
         lines += [line for line in text.split(b"\n")[first:-1] if line]
-    copied = 0
-    for text in texts:
-        for i in range(len(text)):
-            while i + copied < len(text) and text[i : i + copied + 1] in known:
-                copied += 1
     return (
         share(len(set(triples)), len(triples)),
         share(sum(word in known_words for row in words for word in row), sum(map(len, words))),
         share(sum(line not in known_lines for line in lines), len(lines)),
-        copied,
+        longest_copy(texts, known),
     )
+
+
+DEPTH = 1024  # bytes; a copy is not followed further
+
+
+def longest_copy(texts, known):
+    """The length in bytes of the longest stretch of any text that `known` has as well, DEPTH at most."""
+    suffixes, longest = suffix_array(known), 0
+    for text in texts:
+        for i in range(len(text)):
+            rest = text[i : i + DEPTH]
+            place = bisect.bisect(suffixes, rest, key=lambda start: known[start : start + DEPTH])
+            for start in suffixes[max(place - 1, 0) : place + 1].tolist():  # the neighbours share most with it
+                longest = max(longest, len(os.path.commonprefix([rest, known[start : start + DEPTH]])))
+    return longest
+
+
+@functools.lru_cache(maxsize=1)
+def suffix_array(text):
+    """Where the suffixes of a text start, sorted by their first DEPTH bytes.  Prefix doubling: the order by the first
+    2 n bytes follows from the ranks by the first n, here and n bytes further on."""
+    rank, n = np.unique(ngrams(text + bytes(7), 8), return_inverse=True)[1].astype(np.int64), 8
+    while n < DEPTH and rank.max() < len(text) - 1:
+        further = np.zeros_like(rank)  # 0: the text ends before
+        further[: len(text) - n] = rank[n:] + 1
+        rank, n = np.unique(rank * (len(text) + 1) + further, return_inverse=True)[1], 2 * n
+    return np.argsort(rank)
 
 
 def share(part, whole):

@@ -217,7 +217,7 @@ def main():
         distributed(ema)
     lr_ratios = dict(dit=1.0, vae=o.vae_lr_ratio)
     with_ratios = [(model, lr_ratios[name]) for name, model in trained.items()]
-    optimizer = common.make_optimizer(with_ratios, o.optimizer, o.weight_decay)
+    optimizer = common.make_optimizer(with_ratios, o.optimizer, o.weight_decay, common.muon_dtype(device, o.precision))
     states = dict(trained=trained, ema=ema) | (dict(reference=vae) if o.joint else {})
     if o.resume:
         run.restore(optimizer, **states)

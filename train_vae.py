@@ -101,7 +101,7 @@ def main():
         return vae_loss(vae, idx, o.beta, o.mask_weight, o.mask_ratio, o.decoder_noise, generator)
 
     objective = processes.distribute(processes.Objective(vae, batch_loss), vae.blocks, device, o.fsdp)
-    optimizer = common.make_optimizer([(vae, 1.0)], o.optimizer, o.weight_decay)
+    optimizer = common.make_optimizer([(vae, 1.0)], o.optimizer, o.weight_decay, common.muon_dtype(device, o.precision))
     if o.resume:
         run.restore(optimizer, vae)
     n_params = sum(p.numel() for p in vae.parameters())

@@ -367,6 +367,64 @@ def test_optimizer_groups(name):
     assert all(not torch.equal(p, old) for p, old in zip(vae.hidden_matrices(), before, strict=True))
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.02), (torch.float32, 0.05)])
+def test_muon_against_torch(dtype, tolerance):
+    """Three steps on the same gradients: equal up to the rounding of bfloat16, in which PyTorch's multiplies."""
+    shapes = [(12, 20), (20, 12), (12, 20), (16, 16)]
+    ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
+    options = dict(lr=0.01, weight_decay=0.1)
+    optimizers = [common.Muon(ours, dtype=dtype, **options), torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **options)]
+    for _ in range(3):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = b.grad = torch.randn(a.shape)
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(ours, theirs, strict=True):
+        step = 3 * 0.01 * 0.2 * max(a.shape) ** 0.5  # of three orthogonal updates, in the spectral norm at most
+        assert torch.linalg.matrix_norm(a - b, 2) < tolerance * step < torch.linalg.matrix_norm(a - 1, 2)
+
+
+def test_orthogonalization_against_svd():
+    """With coefficients that converge, the Newton-Schulz iteration arrives at U V^T of the singular value decomposition."""
+    for shape in [(3, 8, 5), (2, 5, 8), (1, 6, 6)]:
+        x = torch.randn(shape, dtype=torch.float64)
+        u, _, vh = torch.linalg.svd(x, full_matrices=False)
+        found = common.orthogonalize(x.float(), steps=40, coefficients=(15 / 8, -10 / 8, 3 / 8))
+        torch.testing.assert_close(found, (u @ vh).float(), atol=1e-5, rtol=0)
+        values = torch.linalg.svdvals(common.orthogonalize(x.float()))
+        assert values.min() > 0.6 and values.max() < 1.3  # those of Muon only come near 1
+
+
+def test_muon_multiplies_bf16_only_where_the_hardware_does(monkeypatch):
+    cpu = torch.device("cpu")
+    for hardware in (True, False):
+        monkeypatch.setattr(common, "multiplies_bf16", lambda device: hardware)  # noqa: B023
+        found = [common.muon_dtype(cpu, precision) for precision in ("auto", "bf16", "fp32")]
+        assert found == [torch.bfloat16 if hardware and p != "fp32" else torch.float32 for p in ("auto", "bf16", "fp32")]
+    optimizer = common.make_optimizer([(TextVAE(VAEConfig(20, 8, 16, 1, 1, 1, 2)), 1.0)], "muon", 0.1, torch.bfloat16)
+    assert optimizer.optimizers[1].dtype == torch.bfloat16
+
+
+def test_a_slow_optimizer_is_reported(monkeypatch, capsys):
+    """A clock that says how long the optimizer and the rest of a step took."""
+
+    class Nothing:
+        param_groups = []
+
+        def step(self):
+            pass
+
+    for slow, rest in [(2, 1), (1, 4)]:
+        optimizer, times = common.Optimizers([Nothing()]), [0]
+        for _ in range(20):
+            times += [times[-1] + rest, times[-1] + rest + slow]
+        monkeypatch.setattr(optimizer, "now", iter(times[1:]).__next__)
+        for _ in range(20):
+            optimizer.step()
+        assert optimizer.share() == pytest.approx(slow / (slow + rest))
+        assert capsys.readouterr().err.count("the optimizer takes 67% of a training step") == (slow == 2)
+
+
 def test_moving_average():
     model, ema = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
     model.weight.data.fill_(1.0)
