@@ -32,7 +32,7 @@ from common import option
 from dit import DiT, modulate, pairs
 from flow import clean_length, flow_matching_loss, guide
 from transformer import block_mask, compile_blocks, rotate
-from vae import TextVAE, vae_loss
+from vae import TextVAE
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Measuring
@@ -236,12 +236,14 @@ def training(o, model, device, table, rate):
             compile_blocks(part)
     optimizers = [common.make_optimizer([(part, 1.0)], "adamw", 0.01) for part in (vae, dit)]
 
+    objective = train_vae.VAEObjective(train_vae.Options(), vae)
+
     def stage1(L, B):
         idx = torch.randint(0, vae.config.vocab_size, (B, L), device=device)
 
         def step():
             with amp:
-                loss, _ = vae_loss(vae, idx, 1e-4, 0.5, 0.2, 0.5)
+                loss, _ = objective(idx)
             loss.backward()
             common.optimizer_step(optimizers[0], 1e-4, 1.0)
 

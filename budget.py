@@ -33,7 +33,7 @@ def dit_flops(c, keys):
     2 (4 C H D + 2 r C^2) for the products of a block and 4 H D keys for its attention, r the MLP's ratio."""
     inner = c.n_head * c.head_dim
     block = 2 * (4 * c.dim * inner + 2 * c.mlp_ratio * c.dim**2) + 4 * inner * keys
-    return c.n_layer * block + 4 * c.dim * c.latent_dim
+    return c.n_layer * block + 4 * c.dim * c.latent_dim + 2 * c.n_codes * (c.dim + 2 * c.latent_dim)
 
 
 def modulation_flops(c):
@@ -63,12 +63,12 @@ def vae_step_flops(c, n, masked_view=True):
     return 3 * n * (1 + masked_view) * (encoder_flops(c, keys) + decoder_flops(c, keys))
 
 
-def prior_step_flops(c, vae, n, joint=False, masked_view=True, cached=False):
+def prior_step_flops(c, vae, n, joint=False, masked_view=True):
     """Training, of one sequence of n latents: [clean | noisy] through the DiT, and the VAE, frozen or trained along."""
     n_clean = clean_length(n, c.block_size)
     keys = (n + c.block_size) / 2
     prior = 3 * ((n_clean + n) * dit_flops(c, keys) + 2 * modulation_flops(c))
-    encode = 0 if cached else n * encoder_flops(vae, keys)  # by the frozen VAE, or the reference
+    encode = n * encoder_flops(vae, keys)  # by the frozen VAE, or the reference
     return prior + encode + (vae_step_flops(vae, n, masked_view) if joint else 0)
 
 
@@ -92,7 +92,7 @@ def report(o, vae, dit=None):
         layers = 2 * (vae.n_encoder_layer + vae.n_decoder_layer)  # twice: the masked view
         activations = activation_bytes(vae.dim, layers, rows * n, o.checkpointing)
     else:
-        flops = prior_step_flops(dit, vae, n, o.joint, o.mask_weight > 0, o.cache_latents)
+        flops = prior_step_flops(dit, vae, n, o.joint, o.mask_weight > 0)
         activations = activation_bytes(dit.dim, dit.n_layer, 2 * rows * n, o.checkpointing)
         if o.joint:  # the reference is one more frozen copy
             trained, frozen = trained + n_vae, n_vae

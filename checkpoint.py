@@ -46,6 +46,8 @@ VAE_FIXED = dict(
     shared_heads_kv=1,
 )
 DIT_FIXED = dict(patch_size=1)
+# Fields that the released configuration does not have; written only where they differ from what it is without them.
+OURS = dict(n_codes=0)
 
 
 def load_vae_config(folder):
@@ -101,7 +103,8 @@ def to_config(cls, raw, names, fixed, folder):
 
 
 def to_raw(config, names):
-    return {names.get(name, name): value for name, value in dataclasses.asdict(config).items()}
+    raw = {names.get(name, name): value for name, value in dataclasses.asdict(config).items()}
+    return {name: value for name, value in raw.items() if name not in OURS or value != OURS[name]}
 
 
 def read_json(path):

@@ -227,7 +227,7 @@ class ColaDLM(nn.Module):
         at_zero = modulation[-1]  # of [0, 0]: t ends there
         if n_history.any():
             history = prompt_z[:, : int(n_history.max())]
-            self.dit(history, modulation=at_zero, cache=dit_cache)
+            self.dit(history, both_times[-1:], modulation=at_zero, cache=dit_cache)
             self.vae.decode(history, vae_cache)
             dit_cache.commit(n_history)
             vae_cache.commit(n_history)
@@ -247,7 +247,7 @@ class ColaDLM(nn.Module):
             z = (z if noise is None else noise[b, rows]).to(device, torch.float32)  # (B, block_size, d)
             if is_clean is not None:
                 z = torch.where(is_clean[..., None], clean_z, z)
-            velocity = self.guided_velocity(modulation, dit_cache, cfg_scale, is_clean)
+            velocity = self.guided_velocity(both_times, modulation, dit_cache, cfg_scale, is_clean)
             z = solve(velocity, z, times, solver)
 
             # 4. Latents to tokens, once.
@@ -276,12 +276,12 @@ class ColaDLM(nn.Module):
                 dit_cache.keep(going)
                 vae_cache.keep(going)
             layout = self.dit.layout(block_size, device, dit_cache)
-            self.step(z, None, None, at_zero, layout, dit_cache)
+            self.step(z, both_times[-1:], None, at_zero, layout, dit_cache)
             dit_cache.commit(block_size)
             vae_cache.commit(block_size)
             is_clean, n_left_over = None, [0] * len(rows)
 
-    def guided_velocity(self, modulation, cache, cfg_scale, is_clean):
+    def guided_velocity(self, times, modulation, cache, cfg_scale, is_clean):
         """The velocity of one block as a function (z (B, block_size, d), step) -> (B, block_size, d).
 
         Rows without a history are not guided: there both branches are one and the same, and guidance would only
@@ -295,7 +295,7 @@ class ColaDLM(nn.Module):
 
         def velocity(z, i):
             # Both branches in one batch; the second half has no rows in the cache, hence no history.
-            v = self.step(z.repeat(copies, 1, 1), None, time_index, modulation[i], layout, cache)
+            v = self.step(z.repeat(copies, 1, 1), times[i : i + 1], time_index, modulation[i], layout, cache)
             if copies == 2:
                 v = guide(*v.chunk(2), scale)
             elif self.static:

@@ -504,11 +504,6 @@ def random_batch(tokens, batch_size, seq_len, seed, step):
     return windows(tokens, starts, seq_len)
 
 
-def random_rows(array, n, seed, step):
-    """Rows of an array (N, ...) at random, (n, ...); a function of seed and step alone."""
-    return torch.from_numpy(array[np.random.default_rng([seed, step]).integers(0, len(array), n)])
-
-
 def even_batch(tokens, batch_size, seq_len):
     """Windows at even distances over all tokens, for evaluation, (B, L) int64."""
     starts = np.linspace(0, len(tokens) - seq_len, min(batch_size, len(tokens) // seq_len), dtype=np.int64)

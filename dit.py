@@ -8,10 +8,13 @@ The time enters through adaLN-Zero: every block has its LayerNorms shifted and s
 linear functions of a time embedding.  A sequence holds at most two times, 0 where latents are clean and t where they
 are noisy, so the modulation is computed once per distinct time and never per position (that would be a third of all
 block FLOPs).
+
+One part is ours and not the paper's: `Codebook`, another read-out for latents that gather around few points.  A
+configuration with n_codes = 0, the default here, is the released model.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
@@ -37,6 +40,7 @@ class DiTConfig:
     block_size: int = 16  # latents per block: the unit of generation
     qk_bias: bool = False  # bias of the query/key/value projection and of the attention's output
     norm_eps: float = 1e-5
+    n_codes: int = field(default=0, metadata=dict(low=0))  # of the `Codebook`; 0: none, the paper's prior
 
     def __post_init__(self):
         check_sizes(self)
@@ -150,6 +154,66 @@ def modulate(x, shift, scale):
     return x * (1 + scale) + shift
 
 
+class Codebook(nn.Module):
+    """A read-out for latents that gather around K points, the codes e_k.  Not in the paper; see docs/recipe.md.
+
+    Of a mixture z0 ~ sum_k w_k N(e_k, s^2 I), seen through noise as z_t = (1 - t) z0 + t z1, everything is known.  With
+    r = t^2 + (1 - t)^2 s^2,
+
+        w_k(z_t) ~ w_k exp(((1 - t) z_t.e_k - (1 - t)^2 |e_k|^2 / 2) / r),      e = sum_k w_k(z_t) e_k
+        v = E[z1 - z0 | z_t] = (t - (1 - t) s^2) / r (z_t - (1 - t) e) - e
+
+    The network adds one number h_k to each log w_k.  It starts with h = 0, the velocity of the marginal q(z0), which a
+    plain prior takes most of a short training to find, and only has to learn what the context says.
+
+    It assumes what is true of a small VAE: the latents of a token lie in one place, wherever the token stands.  What it
+    costs in spirit: the codes are found in latents alone (`fit`), but they stand for tokens, so this prior does know
+    something of the surface."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.logits = nn.Linear(config.dim, config.n_codes)
+        self.register_buffer("codes", torch.zeros(config.n_codes, config.latent_dim))
+        self.register_buffer("share", torch.zeros(config.n_codes))  # w_k; 0 for codes that are not in use
+        self.register_buffer("variance", torch.ones(()))  # s^2
+
+    def forward(self, x, z, t):
+        """x (B, n, C) features, z (B, n, d), t (B or 1, n or 1, 1) -> velocity (B, n, d), log w_k(z_t) (B, n, K)."""
+        with torch.autocast(z.device.type, enabled=False):  # r is small: the exponents need all digits
+            codes, clean, z = self.codes.float(), 1 - t, z.float()
+            r = t.square() + clean.square() * self.variance
+            nearness = clean / r * (z @ codes.T) - clean.square() / (2 * r) * codes.square().sum(-1)
+            log_w = (self.logits(x.to(self.logits.weight.dtype)).float() + self.share.float().log() + nearness)
+            log_w = log_w.log_softmax(-1)
+            mean = log_w.exp() @ codes  # (B, n, d)
+            return (t - clean * self.variance) / r * (z - clean * mean) - mean, log_w
+
+    def nearest(self, z0):
+        """The index of the code next to each clean latent: (..., d) -> (...)."""
+        distance = self.codes.square().sum(-1) / 2 - z0 @ self.codes.T
+        return distance.masked_fill(self.share == 0, float("inf")).argmin(-1)
+
+    @torch.no_grad()
+    def fit(self, mu, variance):
+        """k-means of posterior means mu (N, d); variance: that of the posterior, a mean over all.
+
+        Starts from the latent that is farthest from all codes so far (Gonzalez 1985), until none is farther than the
+        posterior's own noise reaches, or all codes are in use."""
+        found, distance = [mu[0]], (mu - mu[0]).square().sum(-1)
+        while len(found) < len(self.codes) and distance.max() > variance * mu.shape[1]:
+            found.append(mu[distance.argmax()])
+            distance = torch.minimum(distance, (mu - found[-1]).square().sum(-1))
+        self.codes[: len(found)], self.share[: len(found)] = torch.stack(found), 1.0
+        for _ in range(5):
+            nearest = self.nearest(mu)
+            count = nearest.bincount(minlength=len(self.codes))
+            total = torch.zeros_like(self.codes).index_add_(0, nearest, mu)
+            self.codes.copy_(torch.where(count[:, None] > 0, total / count[:, None].clamp(min=1), self.codes))
+        self.share.copy_((count + 0.5) * (self.share > 0))  # 0.5: a code that was seen once has some weight, too
+        self.share.div_(self.share.sum())
+        self.variance.copy_(variance + (mu - self.codes[nearest]).square().mean())
+
+
 class DiT(nn.Module):
     """v = DiT(z_t, t), the velocity dz/dt of the probability flow."""
 
@@ -164,6 +228,7 @@ class DiT(nn.Module):
         self.txt_out_norm = nn.LayerNorm(c.dim, c.norm_eps)
         self.txt_out_ada = nn.ModuleDict(dict(out_in=modulation_layer(c.dim, 2)))  # shift, scale
         self.txt_out = nn.ModuleDict(dict(proj=nn.Linear(c.dim, c.latent_dim)))
+        self.codebook = Codebook(c) if c.n_codes else None
         self.init_weights()
 
     def init_weights(self):
@@ -179,6 +244,8 @@ class DiT(nn.Module):
                 nn.init.zeros_(layer[-1].weight)
         nn.init.zeros_(self.txt_out_ada.out_in[-1].weight)
         nn.init.zeros_(self.txt_out.proj.weight)
+        if self.codebook is not None:
+            nn.init.zeros_(self.codebook.logits.weight)
 
     def hidden_matrices(self):
         """The matrices of attention and MLPs."""
@@ -199,22 +266,23 @@ class DiT(nn.Module):
     def rope(self, pos):
         return pairs_table(pos, self.config, self.txt_in.proj.weight.device)
 
-    def forward(self, z, t=None, time_index=None, modulation=None, layout=None, cache=None):
+    def forward(self, z, t, time_index=None, modulation=None, layout=None, cache=None, with_codes=False):
         """Velocity of every latent.
 
         z (B, n, d).
         t (B or 1, T), in [0, 1]: the times that occur in a row; (B,) or (1,) if there is but one.
         time_index (B or 1, n), 0 .. T-1: which of them each latent has; None: all have the first.
-        modulation: in place of t, what `modulation` returned for it.
+        modulation: what `modulation` returned for t (as (B or 1, T)), to use it again.
         layout: a Layout made before, to use it again, or if the latents are not one plain sequence (training).
         cache: the history; z continues it.  Rows beyond those of the cache have no history.
-        Returns v (B, n, d) in fp32.
+        Returns v (B, n, d) in fp32; with_codes: and the logarithms of the codes' weights, (B, n, n_codes).
         """
+        t = t.view(len(t), -1)
         if layout is None:
             layout = self.layout(z.shape[1], z.device, cache, 1 if cache is None else len(z) // cache.batch_size)
 
         if modulation is None:
-            modulation = self.modulation(t.view(len(t), -1))  # (B or 1, T, 6 n_layer + 2, C)
+            modulation = self.modulation(t)  # (B or 1, T, 6 n_layer + 2, C)
         choice = None
         if time_index is not None:
             choice = F.one_hot(time_index, modulation.shape[1]).to(modulation.dtype)  # (B or 1, n, T)
@@ -223,7 +291,13 @@ class DiT(nn.Module):
         for i, block in enumerate(self.blocks):
             x = run_block(block, self.checkpointing, x, modulation[:, :, 6 * i : 6 * i + 6], choice, layout, cache)
         shift, scale = pick(modulation[:, :, -2:], choice)
-        return self.txt_out.proj(modulate(self.txt_out_norm(x), shift, scale)).float()
+        x = modulate(self.txt_out_norm(x), shift, scale)
+        v = self.txt_out.proj(x).float()
+        if self.codebook is None:
+            return v
+        t = t[:, :1, None] if choice is None else (choice * t[:, None].float()).sum(-1, keepdim=True)
+        mixture, log_w = self.codebook(x, z, t)  # t (B or 1, n or 1, 1): a product would round it under autocast
+        return (v + mixture, log_w) if with_codes else v + mixture
 
     def new_cache(self, batch_size, max_len, static=False):
         """A cache for `forward` that holds max_len latents a row."""

@@ -32,27 +32,34 @@ def simulated_prompts(B, n, block_size, probability, generator=None, device=None
     return (inside & chosen[..., None] & (block_size > 1)).flatten(1)[:, :n]
 
 
-def flow_matching_loss(dit, z0, z1, t, prompt=None, valid=None):
+def flow_matching_loss(dit, z0, z1, t, prompt=None, valid=None, code_weight=0.0):
     """L_FM of all blocks in one pass (stage 2, last term of Eq. 2.2.3).
 
     z0 (B, n, d) clean latents; z1 (B, n, d) noise; t (B,) times.
     prompt: bool (B, n), latents that stay clean and carry no loss; valid: bool (B, n), False on padding, which carries
     none either.  Returns the mean squared velocity error per channel, a scalar.
+    code_weight: for a prior with a `dit.Codebook`, adds so many times -log w(z_t) of the code next to z0, in nats per
+    latent.  Both have the same minimum, the true distribution of codes, but the logarithm is found faster.
 
     History and target are constants; in joint training the gradient reaches the encoder through z_t alone, or it could
     shorten the loss by moving its own target."""
     is_clean = torch.zeros(z0.shape[:2], dtype=torch.bool, device=z0.device) if prompt is None else prompt
     counts = ~is_clean if valid is None else ~is_clean & valid
-    return (velocity_error(dit, z0, z1, t, is_clean) * counts).sum() / counts.sum().clamp(min=1)
+    error = velocity_error(dit, z0, z1, t, is_clean, code_weight)
+    return (error * counts).sum() / counts.sum().clamp(min=1)
 
 
-def velocity_error(dit, z0, z1, t, is_clean=None):
+def velocity_error(dit, z0, z1, t, is_clean=None, code_weight=0.0):
     """(v - (z1 - z0))^2 at z_t, the mean over channels: (B, n).  is_clean: the prompt of `flow_matching_loss`."""
     clean = z0.detach()
     zt = torch.lerp(z0, z1, t[:, None, None])
     if is_clean is not None:
         zt = torch.where(is_clean[..., None], clean, zt)
-    return (layout_velocity(dit, clean, zt, t, is_clean) - (z1 - clean)).square().mean(-1)
+    if code_weight == 0:
+        return (layout_velocity(dit, clean, zt, t, is_clean) - (z1 - clean)).square().mean(-1)
+    v, log_w = layout_velocity(dit, clean, zt, t, is_clean, with_codes=True)
+    log_w = log_w.gather(-1, dit.codebook.nearest(clean)[..., None])[..., 0]  # (B, n)
+    return (v - (z1 - clean)).square().mean(-1) - code_weight * log_w
 
 
 def clean_length(n, block_size):
@@ -60,11 +67,11 @@ def clean_length(n, block_size):
     return (n - 1) // block_size * block_size
 
 
-def layout_velocity(dit, clean, zt, t, is_clean=None, layout=None):
+def layout_velocity(dit, clean, zt, t, is_clean=None, layout=None, **options):
     """The velocity of all blocks of a sequence in one pass, each with its own clean history.  (B, n, d)
 
     clean (B, n, d): the finished latents; zt (B, n, d): every block on its way; t (B or 1,); is_clean: bool (B, n),
-    which latents of zt are clean and have time 0; layout: of `training_layout`, to use it again.
+    which latents of zt are clean and have time 0; layout: of `training_layout`, to use it again; options: of `DiT.forward`.
 
     Layout: [clean without its last block | zt], both at the same positions, so that every noisy block is predicted from
     exactly the clean history that the sampler's cache would hold; the last clean block is nobody's history."""
@@ -76,8 +83,9 @@ def layout_velocity(dit, clean, zt, t, is_clean=None, layout=None):
         t=torch.stack([t, torch.zeros_like(t)], dim=1),
         time_index=F.pad(is_clean, (n_clean, 0), value=1),  # 1: time 0, of all that is clean
         layout=layout or training_layout(n, block_size, dit.rope, zt.device),
+        **options,
     )
-    return v[:, n_clean:]
+    return v[:, n_clean:] if torch.is_tensor(v) else tuple(x[:, n_clean:] for x in v)
 
 
 def training_layout(n, block_size, rope, device, flex=None):

@@ -64,19 +64,6 @@ def first_process_first():
         wait_for_all()
 
 
-class Objective(nn.Module):
-    """A loss as the forward pass of a module, for it is there that DDP and FSDP act.
-
-    models: what is trained.  loss(models, idx, generator) -> (loss, terms)."""
-
-    def __init__(self, models, loss):
-        super().__init__()
-        self.models, self.loss = models, loss
-
-    def forward(self, idx, generator):
-        return self.loss(self.models, idx, generator)
-
-
 def distribute(objective, groups, device, fsdp=False):
     """The objective as this process trains it: alone, as one of equal copies (DDP) or, with --fsdp, keeping one part of
     every parameter, gradient and optimizer state.

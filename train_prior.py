@@ -8,13 +8,11 @@
 """
 
 import copy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
-from tqdm import tqdm
 
 import budget
 import common
@@ -26,7 +24,7 @@ from dit import DiT, DiTConfig
 from flow import flow_matching_loss, sample_times, simulated_prompts
 from run import Run
 from transformer import compile_blocks
-from vae import Posterior, VAEConfig, masked_view_loss, reconstruction_loss
+from vae import VAEConfig, masked_view_loss, reconstruction_loss
 
 
 @dataclass
@@ -42,11 +40,12 @@ class Options(common.TrainingOptions):  # which adds seed, device, resume and th
     rope_dim: int = option(72, "channels of a head that carry the position", low=2)
     n_layer: int = option(4, "transformer layers", low=1)
     mlp_ratio: int = option(4, "width of the MLP over the width", low=1)
+    n_codes: int = option(512, "codes of the mixture read-out, at most (dit.Codebook); 0: the paper's prior", low=0)
     # objective
     t_loc: float = option(1.0, "times are sigmoid(N(t_loc, t_scale)); the paper: 1 for d = 16, 1.7 for 64, 2.3 for 128")
     t_scale: float = option(1.0, "see t_loc", low=0.0)
     prompt_prob: float = option(0.05, "share of blocks that keep a random clean prefix, a prompt", low=0.0, high=1.0)
-    cache_latents: bool = option(False, "encode the text once, in windows that stay; for a frozen VAE")
+    code_weight: float = option(1.0, "weight of the cross-entropy of the codes", low=0.0)
     joint: bool = option(False, "train the VAE along, held near its stage-1 encoder")
     vae_weight: float = option(1.0, "joint: weight of the VAE's terms", low=0.0)
     fm_weight: float = option(1.0, "joint: weight of the flow-matching loss", low=0.0)
@@ -70,7 +69,7 @@ class Options(common.TrainingOptions):  # which adds seed, device, resume and th
 
 PRESETS = {  # "small" is what stands above
     "2b": dict(
-        dim=2048, n_head=16, head_dim=128, rope_dim=96, n_layer=24, joint=True,
+        dim=2048, n_head=16, head_dim=128, rope_dim=96, n_layer=24, n_codes=0, joint=True,
         batch_size=1408, micro_batch=16, seq_len=512, steps=200_000, save_every=1000,
         optimizer="adamw", lr=1.5e-4, final_lr=1e-5, warmup=5000, decoder_noise=0.0, checkpointing=True,
         ema=0.9999,  # not the paper's, which does not mention one
@@ -79,48 +78,49 @@ PRESETS = {  # "small" is what stands above
 EVAL_SEQUENCES = 128  # held-out sequences behind the figure at the end
 
 
-def prior_loss(vae, dit, z, o, generator):
-    """L_FM of VAE latents z (B, n, d), with random times, noise and simulated prompts."""
-    z0 = vae.to_dit(z)
-    B, n, _ = z0.shape
-    t = sample_times(B, o.t_loc, o.t_scale, generator, z0.device)
-    z1 = torch.randn(z0.shape, generator=generator, device=z0.device)
-    prompt = simulated_prompts(B, n, dit.config.block_size, o.prompt_prob, generator, z0.device)
-    return flow_matching_loss(dit, z0, z1, t, prompt)
+class PriorObjective(nn.Module):
+    """The stage-2 objective as a forward pass, since it is there that DDP and FSDP act.
 
+    models: what is trained, dit and, with o.joint, vae.  frozen: the stage-1 VAE, which encodes the text or, in joint
+    training, is the reference; not a submodule, so that it is neither trained nor sharded."""
 
-def frozen_loss(vae, dit, batch, o, generator):
-    """Stage 2 with a frozen VAE: L_FM alone, on latents computed without gradient.  Returns (loss, terms).
+    def __init__(self, o, models, frozen):
+        super().__init__()
+        self.o, self.models, self.frozen = o, models, (frozen,)
 
-    batch: tokens (B, L), or what `cached_latents` has of them, (B, n, 2, d)."""
-    with torch.no_grad():
-        posterior = Posterior(*batch.float().unbind(2)) if batch.is_floating_point() else vae.encode(batch)
-        z = posterior.sample(generator)
-    return prior_loss(vae, dit, z, o, generator), {}
+    def forward(self, idx, generator):
+        """idx (B, L) token ids -> (loss, terms): terms are detached scalars to be logged."""
+        o, dit, (reference,) = self.o, self.models.dit, self.frozen
+        vae = self.models.vae if o.joint else reference
 
+        # Tokens to latents.  The prior has to cover the posterior, not its means, so it learns from samples.
+        with torch.set_grad_enabled(o.joint and torch.is_grad_enabled()):
+            posterior = vae.encode(idx)
+            z = posterior.sample(generator)
+        z0 = vae.to_dit(z)  # (B, n, d)
+        B, n, _ = z0.shape
 
-def joint_loss(vae, reference, dit, idx, o, generator):
-    """Stage 2 as in the paper (Eq. 2.2.3), for tokens idx (B, L): the VAE learns as well.  Returns (loss, terms).
+        # Every block of every row flows from noise to its latents, given the clean blocks before it.
+        t = sample_times(B, o.t_loc, o.t_scale, generator, z0.device)  # (B,)
+        z1 = torch.randn(z0.shape, generator=generator, device=z0.device)
+        prompt = simulated_prompts(B, n, dit.config.block_size, o.prompt_prob, generator, z0.device)
+        fm = flow_matching_loss(dit, z0, z1, t, prompt, code_weight=o.code_weight if o.n_codes else 0.0)
+        if not o.joint:
+            return fm, {}
 
-    The prior has taken the place of N(0, I) in the VAE's KL: of the two parts of KL(q || prior), the cross-entropy is
-    what L_FM stands for, the posterior's entropy remains.  KL(q || q_ref) to the frozen stage-1 encoder keeps the
-    latents from drifting away under the prior."""
-    posterior = vae.encode(idx)
-    z = posterior.sample(generator)
-    with torch.no_grad():
-        reference_posterior = reference.encode(idx)
-    per_token = 1 / vae.config.patch_size
-    fm = prior_loss(vae, dit, z, o, generator)
-    terms = dict(
-        fm=fm,
-        reconstruction=reconstruction_loss(vae, z, idx, o.decoder_noise, generator),
-        entropy=posterior.entropy().mean() * per_token,
-        mask=masked_view_loss(vae, idx, o.mask_ratio, generator) if o.mask_weight > 0 else torch.zeros_like(fm),
-        ref=posterior.kl(reference_posterior).mean() * per_token,
-    )
-    vae_terms = terms["reconstruction"] - o.beta * terms["entropy"] + o.mask_weight * terms["mask"]
-    loss = o.vae_weight * vae_terms + o.fm_weight * fm + o.ref_weight * terms["ref"]
-    return loss, {name: value.detach() for name, value in terms.items()}
+        # Joint training (Eq. 2.2.3).  In the VAE's KL, the prior has taken the place of N(0, I): of the two parts of
+        # KL(q || prior), the cross-entropy is what L_FM stands for, and the posterior's entropy remains: without it the
+        # posterior would shrink to a point, which is easiest to predict.
+        reconstruction = reconstruction_loss(vae, z, idx, o.decoder_noise, generator)  # or z0 would forget the text
+        entropy = posterior.entropy().mean() / vae.config.patch_size
+        mask = masked_view_loss(vae, idx, o.mask_ratio, generator) if o.mask_weight > 0 else torch.zeros_like(fm)
+        with torch.no_grad():
+            old = reference.encode(idx)
+        ref = posterior.kl(old).mean() / vae.config.patch_size  # or latents and prior would drift away together
+        vae_terms = reconstruction - o.beta * entropy + o.mask_weight * mask
+        loss = o.vae_weight * vae_terms + o.fm_weight * fm + o.ref_weight * ref
+        terms = dict(fm=fm, reconstruction=reconstruction, entropy=entropy, mask=mask, ref=ref)
+        return loss, {name: value.detach() for name, value in terms.items()}
 
 
 def fsdp_groups(models):
@@ -143,28 +143,16 @@ def config_of(o, vae):
     return DiTConfig(**sizes | dict(latent_dim=vae.latent_dim, block_size=vae.block_size))
 
 
-def cached_latents(vae, tokens, seq_len, file):
-    """Posteriors of all windows of a corpus, one after the other, encoded once: mu and logvar in half precision in a
-    memory-mapped file, (windows, n, 2, d).  The windows are shared out over the processes."""
-    starts = np.arange(0, len(tokens) - seq_len + 1, seq_len)
-    shape = (len(starts), seq_len // vae.config.patch_size, 2, vae.config.latent_dim)
-    unfinished = file.with_name(file.name + ".tmp")
-    if not file.exists():
-        with processes.first_process_first():
-            if processes.rank() == 0:
-                np.memmap(unfinished, np.float16, "w+", shape=shape).flush()
-        cache = np.memmap(unfinished, np.float16, "r+", shape=shape)
-        rank, parts = processes.rank(), np.array_split(np.arange(len(starts)), -(-len(starts) // 64))
-        for part in tqdm(parts[rank :: processes.n_processes()], desc="latents", disable=rank > 0):
-            idx = data.windows(tokens, starts[part], seq_len).to(next(vae.parameters()).device)
-            posterior = vae.encode(idx)
-            cache[part] = torch.stack([posterior.mu, posterior.logvar], dim=2).cpu().numpy()
-        cache.flush()
-        processes.wait_for_all()  # who may not be done
-        if rank == 0:
-            unfinished.rename(file)
-        processes.wait_for_all()
-    return np.memmap(file, np.float16, "r", shape=shape)
+CODE_LATENTS = 1 << 16  # of the training text, in which the codes are found
+
+
+@torch.no_grad()
+def fit_codes(codebook, vae, tokens, seq_len, device):
+    """Find the codes of a `dit.Codebook` in the latents of a text."""
+    idx = data.even_batch(tokens, CODE_LATENTS // seq_len, seq_len).to(device)
+    mu, logvar = zip(*((q.mu, q.logvar) for q in map(vae.encode, idx.split(64))), strict=True)
+    variance = 0.0 if logvar[0] is None else torch.cat(logvar).exp().mean() * vae.config.scaling_factor**2
+    codebook.fit(vae.to_dit(torch.cat(mu)).flatten(0, 1), variance)
 
 
 def main():
@@ -184,8 +172,8 @@ def main():
     config = config_of(o, vae.config)
     micro_batch = data.micro_batch(o.batch_size, o.micro_batch, processes.n_processes())
     data.check_seq_len(o.seq_len, vae.config)
-    if o.cache_latents and (o.joint or not vae.config.use_variation):
-        raise ValueError("--cache-latents is for a frozen VAE with a variance: leave it out")
+    if o.joint and o.n_codes:
+        raise ValueError("--joint moves the latents away from their codes: add --n-codes 0")
     text = o.data or (f"{o.vae}/data",)
     if not o.data and not data.is_prepared(text[0]):
         raise ValueError(f"{o.vae} has no text of its own: name some with --data")
@@ -195,6 +183,8 @@ def main():
     # What is trained, its moving average and its optimizer; new or as they were.
     torch.manual_seed(o.seed)
     dit = DiT(config).to(device)
+    if o.n_codes and not o.resume:
+        fit_codes(dit.codebook, vae, corpus.train, o.seq_len, device)
     trained = nn.ModuleDict(dict(dit=dit, vae=copy.deepcopy(vae)) if o.joint else dict(dit=dit))
     vae.requires_grad_(False)  # the frozen VAE, or the reference
     ema = copy.deepcopy(trained).requires_grad_(False)
@@ -204,13 +194,8 @@ def main():
         if o.compile:
             compile_blocks(model)
 
-    def batch_loss(models, idx, generator):
-        if o.joint:
-            return joint_loss(models.vae, vae, models.dit, idx, o, generator)
-        return frozen_loss(vae, models.dit, idx, o, generator)
-
     def distributed(models):
-        return processes.distribute(processes.Objective(models, batch_loss), fsdp_groups(models), device, o.fsdp)
+        return processes.distribute(PriorObjective(o, models, vae), fsdp_groups(models), device, o.fsdp)
 
     objective = distributed(trained)
     if o.fsdp:  # the average is kept in the same parts
@@ -237,17 +222,10 @@ def main():
             data.save_tokenizer(tokenizer, run.folder / "tokenizer.json")
         run.save(0, optimizer, **states)  # from here on --resume finds all it needs
     export()
-    latents = None
-    if o.cache_latents:
-        with torch.no_grad(), amp:
-            latents = cached_latents(vae, corpus.train, o.seq_len, run.folder / "latents.bin")
     tokens_per_step = o.batch_size * o.seq_len
     with common.progress_bar(run.step, o.steps, tokens_per_step) as bar:
         for step in range(run.step, o.steps):
-            if latents is None:
-                idx = data.random_batch(corpus.train, o.batch_size, o.seq_len, o.seed, step).to(device)  # (B, L)
-            else:
-                idx = data.random_rows(latents, o.batch_size, o.seed, step).to(device)  # (B, n, 2, d)
+            idx = data.random_batch(corpus.train, o.batch_size, o.seq_len, o.seed, step).to(device)  # (B, L)
             lr = common.learning_rate(step, o.steps, o.warmup, o.lr, o.final_lr)
             parts, passes = common.parts_of_batch(idx, micro_batch, o.seed, step), []
             for part, generator in parts:
@@ -272,9 +250,10 @@ def main():
     dit, vae = average["dit"].to(device), average.get("vae", vae).to(device)
     held_out = data.even_batch(corpus.val, EVAL_SEQUENCES, o.seq_len).to(device)
     generator = common.step_generator(o.seed, 0, device)
+    evaluated = PriorObjective(replace(o, joint=False, code_weight=0.0), nn.ModuleDict(dict(dit=dit)), vae)
     with torch.no_grad(), amp:
         parts = held_out.split(micro_batch)
-        loss = sum(frozen_loss(vae, dit, part, o, generator)[0] * len(part) for part in parts) / len(held_out)
+        loss = sum(evaluated(part, generator)[0] * len(part) for part in parts) / len(held_out)
     print(f"flow-matching loss on {held_out.numel():,} held-out tokens: {loss.item():.4f}")
     print(f"the model is in {run.folder}; next: python sample.py --model {run.folder}")
 

@@ -9,6 +9,7 @@
 from dataclasses import asdict, dataclass
 
 import torch
+import torch.nn as nn
 
 import budget
 import common
@@ -18,7 +19,7 @@ from checkpoint import find_tokenizer, save_vae
 from common import option
 from run import Run
 from transformer import compile_blocks
-from vae import TextVAE, VAEConfig, token_accuracy, vae_loss
+from vae import TextVAE, VAEConfig, masked_view_loss, reconstruction_loss, token_accuracy
 
 
 @dataclass
@@ -64,6 +65,28 @@ PRESETS = {  # "small" is what stands above
 EVAL_SEQUENCES = 128  # held-out sequences behind the figure at the end
 
 
+class VAEObjective(nn.Module):
+    """The stage-1 objective (Eq. 2.2.1) as a forward pass, since it is there that DDP and FSDP act."""
+
+    def __init__(self, o, vae):
+        super().__init__()
+        self.o, self.vae = o, vae
+
+    def forward(self, idx, generator=None):
+        """idx (B, L) token ids -> (loss, terms), in nats per token; terms are detached scalars to be logged."""
+        o, vae = self.o, self.vae
+        posterior = vae.encode(idx)  # Gaussians of (B, n, d)
+        z0 = posterior.sample(generator)
+        reconstruction = reconstruction_loss(vae, z0, idx, o.decoder_noise, generator)
+        kl = posterior.kl().mean() / vae.config.patch_size  # per token, as the reconstruction is
+        mask = masked_view_loss(vae, idx, o.mask_ratio, generator) if o.mask_weight > 0 else torch.zeros_like(kl)
+        loss = reconstruction + o.beta * kl + o.mask_weight * mask
+        terms = dict(reconstruction=reconstruction, kl=kl, mask=mask)
+        if posterior.logvar is not None:
+            terms["log_snr"] = posterior.log_snr()
+        return loss, {name: value.detach() for name, value in terms.items()}
+
+
 def config_of(o):
     """The VAE's configuration; its vocab_size is a wish until there is a tokenizer."""
     return VAEConfig(**{name: value for name, value in asdict(o).items() if name in VAEConfig.__dataclass_fields__})
@@ -97,10 +120,7 @@ def main():
     if o.compile:
         compile_blocks(vae)
 
-    def batch_loss(vae, idx, generator):
-        return vae_loss(vae, idx, o.beta, o.mask_weight, o.mask_ratio, o.decoder_noise, generator)
-
-    objective = processes.distribute(processes.Objective(vae, batch_loss), vae.blocks, device, o.fsdp)
+    objective = processes.distribute(VAEObjective(o, vae), vae.blocks, device, o.fsdp)
     optimizer = common.make_optimizer([(vae, 1.0)], o.optimizer, o.weight_decay, common.muon_dtype(device, o.precision))
     if o.resume:
         run.restore(optimizer, vae)

@@ -241,7 +241,7 @@ def check_sizes(config):
         value, wanted = getattr(config, field.name), type(field.default)
         if type(value) is not wanted and not (wanted is float and type(value) is int):
             raise ValueError(f"{field.name} {value!r} must be of type {wanted.__name__}")
-        if wanted is int and value < 1:
-            raise ValueError(f"{field.name} {value} must be at least 1")
+        if wanted is int and value < (low := field.metadata.get("low", 1)):
+            raise ValueError(f"{field.name} {value} must be at least {low}")
         if wanted is float and not (math.isfinite(value) and (value > 0 or field.name == "shifting_factor")):
             raise ValueError(f"{field.name} {value} must be a positive number")

@@ -314,22 +314,6 @@ def masked_view_loss(vae, idx, mask_ratio, generator=None):
     return -log_p.sum() / max(len(log_p), 1)
 
 
-def vae_loss(vae, idx, beta, mask_weight, mask_ratio, decoder_noise=0.0, generator=None):
-    """The stage-1 objective (Eq. 2.2.1) in nats per token.
-
-    idx (B, L).  Returns (loss, terms): terms holds reconstruction, kl (per token, not yet times beta), mask and
-    log_snr as detached scalars."""
-    posterior = vae.encode(idx)
-    reconstruction = reconstruction_loss(vae, posterior.sample(generator), idx, decoder_noise, generator)
-    kl = posterior.kl().mean() / vae.config.patch_size
-    mask = masked_view_loss(vae, idx, mask_ratio, generator) if mask_weight > 0 else torch.zeros_like(kl)
-    loss = reconstruction + beta * kl + mask_weight * mask
-    terms = dict(reconstruction=reconstruction, kl=kl, mask=mask)
-    if posterior.logvar is not None:
-        terms["log_snr"] = posterior.log_snr()
-    return loss, {name: value.detach() for name, value in terms.items()}
-
-
 @torch.no_grad()
 def token_accuracy(vae, idx):
     """Share of tokens that argmax decode(mu) gives back.  idx (B, L)"""

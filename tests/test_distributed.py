@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems d
 STEPS = "--steps 6 --save-every 3"
 RUNS = dict(adamw="--optimizer adamw", muon="--optimizer muon", bf16="--optimizer adamw --precision bf16")
 VAE = f"--vocab-size 300 {VAE_SIZE} {COMMON} {STEPS}"
-PRIOR = f"--joint {PRIOR_SIZE} {COMMON} {STEPS}"
+PRIOR = f"--joint --n-codes 0 {PRIOR_SIZE} {COMMON} {STEPS}"
 
 
 @pytest.fixture(scope="module", autouse=True)

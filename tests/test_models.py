@@ -12,8 +12,9 @@ import vae
 from cola import ColaDLM
 from dit import DiT, DiTConfig
 from flow import flow_matching_loss, sample_times, simulated_prompts, solve, training_layout
+from train_vae import Options, VAEObjective
 from transformer import Layout, block_mask, compile_blocks, make_layout
-from vae import Posterior, TextVAE, VAEConfig, halves_table, masked_view_loss, vae_loss
+from vae import Posterior, TextVAE, VAEConfig, halves_table, masked_view_loss
 
 BLOCK, d, V = 4, 8, 30
 
@@ -196,7 +197,7 @@ def test_times():
     per_position = dit(z, torch.where(clean, 0.0, t[:, None]), torch.arange(8)[None])
     both = torch.stack([t, torch.zeros(2)], 1)
     torch.testing.assert_close(dit(z, both, clean.long()), per_position)
-    torch.testing.assert_close(dit(z, modulation=dit.modulation(both), time_index=clean.long()), per_position)
+    torch.testing.assert_close(dit(z, both, clean.long(), dit.modulation(both)), per_position)
     torch.testing.assert_close(dit(z, both), dit(z, t))
 
 
@@ -327,7 +328,8 @@ def test_posterior_against_torch_distributions():
 
 def test_vae_loss_without_noise_is_the_sum_of_its_terms():
     vae, idx = small_vae(), torch.randint(0, V, (2, 8))
-    loss, terms = vae_loss(vae, idx, 0.1, 0.5, 0.3, generator=torch.Generator().manual_seed(0))
+    options = Options(beta=0.1, mask_weight=0.5, mask_ratio=0.3, decoder_noise=0.0)
+    loss, terms = VAEObjective(options, vae)(idx, torch.Generator().manual_seed(0))
     expected = terms["reconstruction"] + 0.1 * terms["kl"] + 0.5 * terms["mask"]
     torch.testing.assert_close(loss.detach(), expected)
     nothing = masked_view_loss(vae, idx, 0.0)

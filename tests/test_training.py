@@ -17,13 +17,13 @@ import data
 import judge
 import train_prior
 import train_vae
-from checkpoint import load_vae
 from cola import ColaDLM
 from dit import DiT, DiTConfig
 from flow import flow_matching_loss, sample_times, simulated_prompts
 from run import Run
+from train_vae import Options, VAEObjective
 from transformer import compile_blocks
-from vae import Posterior, TextVAE, VAEConfig, token_accuracy, vae_loss
+from vae import TextVAE, VAEConfig, token_accuracy
 
 
 def test_one_batch_is_learned_until_sampling_gives_it_back():
@@ -34,8 +34,9 @@ def test_one_batch_is_learned_until_sampling_gives_it_back():
 
     vae = TextVAE(VAEConfig(vocab, 64, 128, 2, 1, 1, d, 1, block))
     optimizer = common.make_optimizer([(vae, 1.0)], "muon", 0.0)
+    objective = VAEObjective(Options(beta=1e-3, mask_weight=0.1, mask_ratio=0.1, decoder_noise=0.3), vae)
     for step in range(150):
-        loss, _ = vae_loss(vae, idx, 1e-3, 0.1, 0.1, 0.3, common.step_generator(0, step, "cpu"))
+        loss, _ = objective(idx, common.step_generator(0, step, "cpu"))
         loss.backward()
         common.optimizer_step(optimizer, 3e-3, 1.0)
     assert token_accuracy(vae, idx) == 1.0
@@ -118,7 +119,7 @@ def test_the_vae_learns_in_joint_training_only(trained):
     [
         (train_vae.main, "--data {text} --vocab-size 300 " + VAE_SIZE, "cola_vae", "runs/vae"),
         (train_prior.main, "--vae {trained}/runs/vae " + PRIOR_SIZE, "cola_dit", "runs/cola"),
-        (train_prior.main, "--vae {trained}/runs/vae --joint " + PRIOR_SIZE, "cola_vae", "runs/joint"),
+        (train_prior.main, "--vae {trained}/runs/vae --joint --n-codes 0 " + PRIOR_SIZE, "cola_vae", "runs/joint"),
     ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(trained, text, tmp_path, monkeypatch, main, options, part, source):
@@ -177,10 +178,10 @@ def test_prepared_text_through_both_stages(text, tmp_path, monkeypatch, capsys):
 def test_passes_add_up_to_the_whole_batch(text, tmp_path, monkeypatch):
     """With a loss that draws nothing at random, one step in four passes is one step in one pass."""
 
-    def reconstruction_of_mu(vae, idx, *args):
-        return -vae.log_likelihood(vae.encode(idx).mu, idx).mean(), {}
+    def reconstruction_of_mu(self, idx, generator):
+        return -self.vae.log_likelihood(self.vae.encode(idx).mu, idx).mean(), {}
 
-    monkeypatch.setattr(train_vae, "vae_loss", reconstruction_of_mu)
+    monkeypatch.setattr(VAEObjective, "forward", reconstruction_of_mu)
     start = f"--data {text} --vocab-size 300 {VAE_SIZE} {COMMON} --steps 1 --warmup 0"
     for size in (1, 4):
         call(train_vae.main, f"{start} --micro-batch {size} --out micro{size}", monkeypatch, tmp_path)
@@ -283,8 +284,8 @@ def test_a_failed_start_leaves_no_trace(trained, text, tmp_path, monkeypatch):
     for argument in ("--batch-size 4096", "--dim 33", "--device nonsense", "--data nowhere"):
         with pytest.raises((ValueError, OSError)):
             call(train_vae.main, f"--data {text} {argument} --out out", monkeypatch, tmp_path)
-    with pytest.raises(ValueError, match="--cache-latents is for a frozen VAE"):
-        arguments = f"--vae {trained}/runs/vae --data {text} --cache-latents --joint --out out"
+    with pytest.raises(ValueError, match="--joint moves the latents"):
+        arguments = f"--vae {trained}/runs/vae --data {text} --joint --out out"
         call(train_prior.main, arguments, monkeypatch, tmp_path)
     assert not any(file.is_file() for file in tmp_path.rglob("*"))
 
@@ -358,7 +359,7 @@ def test_optimizer_groups(name):
     assert all(p.dim() > 1 for p in decayed) and all(p.dim() == 1 for p in not_decayed)
     in_groups = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(in_groups) == sorted(id(p) for p in vae.parameters())
-    loss, _ = vae_loss(vae, torch.zeros(1, 4, dtype=torch.long), 0.1, 0.0, 0.0)
+    loss, _ = VAEObjective(Options(mask_weight=0.0), vae)(torch.zeros(1, 4, dtype=torch.long))
     loss.backward()
     before = [p.detach().clone() for p in vae.hidden_matrices()]
     common.optimizer_step(optimizer, 1e-3, 1.0)
@@ -385,7 +386,7 @@ def test_muon_against_torch(dtype, tolerance):
 
 
 def test_orthogonalization_against_svd():
-    """With coefficients that converge, the Newton-Schulz iteration arrives at U V^T of the singular value decomposition."""
+    """With coefficients that converge, the Newton-Schulz iteration arrives at U V^T of the SVD."""
     for shape in [(3, 8, 5), (2, 5, 8), (1, 6, 6)]:
         x = torch.randn(shape, dtype=torch.float64)
         u, _, vh = torch.linalg.svd(x, full_matrices=False)
@@ -400,7 +401,7 @@ def test_muon_multiplies_bf16_only_where_the_hardware_does(monkeypatch):
     for hardware in (True, False):
         monkeypatch.setattr(common, "multiplies_bf16", lambda device: hardware)  # noqa: B023
         found = [common.muon_dtype(cpu, precision) for precision in ("auto", "bf16", "fp32")]
-        assert found == [torch.bfloat16 if hardware and p != "fp32" else torch.float32 for p in ("auto", "bf16", "fp32")]
+        assert found == [torch.bfloat16 if hardware else torch.float32] * 2 + [torch.float32]
     optimizer = common.make_optimizer([(TextVAE(VAEConfig(20, 8, 16, 1, 1, 1, 2)), 1.0)], "muon", 0.1, torch.bfloat16)
     assert optimizer.optimizers[1].dtype == torch.bfloat16
 
@@ -455,18 +456,3 @@ def test_blocks_compile_without_breaks_and_but_once():
     gradients(1)
     # One for all blocks of the DiT, one for those of the VAE, and one for its first, which gets a transposed tensor.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 3
-
-
-def test_cached_latents_are_those_of_the_windows(text, trained, tmp_path, monkeypatch):
-    options = f"--vae {trained}/runs/vae {PRIOR_SIZE} {COMMON} --steps 3 --out out"
-    call(train_prior.main, f"{options} --cache-latents --checkpointing", monkeypatch, tmp_path)
-    corpus, vae = data.open_tokens(trained / "runs/vae/data"), load_vae(trained / "runs/vae")
-    with torch.no_grad():
-        latents = train_prior.cached_latents(vae, corpus.train, 32, tmp_path / "out/latents.bin")
-        posterior = vae.encode(data.windows(corpus.train, [0, 64], 32))
-    assert latents.shape == (len(corpus.train) // 32, 32, 2, 4)
-    cached = Posterior(*torch.from_numpy(latents[[0, 2]]).float().unbind(2))
-    torch.testing.assert_close(cached.mu, posterior.mu, atol=2e-3, rtol=0)
-    torch.testing.assert_close(cached.logvar, posterior.logvar, atol=2e-3, rtol=2e-3)
-    with pytest.raises(ValueError, match="--cache-latents is for a frozen VAE"):
-        call(train_prior.main, f"{options}2 --cache-latents --joint", monkeypatch, tmp_path)
