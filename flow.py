@@ -71,7 +71,7 @@ def layout_velocity(dit, clean, zt, t, is_clean=None, layout=None, **options):
     """The velocity of all blocks of a sequence in one pass, each with its own clean history.  (B, n, d)
 
     clean (B, n, d): the finished latents; zt (B, n, d): every block on its way; t (B or 1,); is_clean: bool (B, n),
-    which latents of zt are clean and have time 0; layout: of `training_layout`, to use it again; options: of `DiT.forward`.
+    which latents of zt are clean and have time 0; layout: of `training_layout`, to use it again; options: of `DiT`.
 
     Layout: [clean without its last block | zt], both at the same positions, so that every noisy block is predicted from
     exactly the clean history that the sampler's cache would hold; the last clean block is nobody's history."""

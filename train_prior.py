@@ -33,7 +33,7 @@ class Options(common.TrainingOptions):  # which adds seed, device, resume and th
     vae: str = option("runs/vae", "folder of the stage-1 run, or of a released model")
     data: tuple = option((), "as in train_vae.py, tokenized as the VAE was; nothing: the text of the VAE's own run")
     # model; the latent size and the block size are the VAE's
-    preset: str = option("small", "model and recipe: small, or 2b for the paper's", choices=("small", "2b"))
+    preset: str = option("small", "small; plain: small without codes; 2b: the paper's", choices=("small", "plain", "2b"))
     dim: int = option(192, "width", low=1)
     n_head: int = option(2, "attention heads", low=1)
     head_dim: int = option(96, "channels of a head", low=2)
@@ -56,7 +56,7 @@ class Options(common.TrainingOptions):  # which adds seed, device, resume and th
     decoder_noise: float = option(0.5, "joint: the decoder learns from latents noised up to this", low=0.0, high=1.0)
     vae_lr_ratio: float = option(1.0, "joint: learning rate of the VAE over that of the prior", low=0.0)
     # optimization
-    steps: int = option(2000, "training steps", low=1)
+    steps: int = option(700, "training steps", low=1)
     batch_size: int = option(32, "sequences per step", low=1)
     seq_len: int = option(32, "tokens per sequence", low=1)
     lr: float = option(8e-3, "peak learning rate", low=0.0)
@@ -68,6 +68,7 @@ class Options(common.TrainingOptions):  # which adds seed, device, resume and th
 
 
 PRESETS = {  # "small" is what stands above
+    "plain": dict(n_codes=0, steps=2000),  # small, but the paper's prior, which takes longer to learn
     "2b": dict(
         dim=2048, n_head=16, head_dim=128, rope_dim=96, n_layer=24, n_codes=0, joint=True,
         batch_size=1408, micro_batch=16, seq_len=512, steps=200_000, save_every=1000,

@@ -80,21 +80,23 @@ def test_a_compiled_step_is_the_same_computation(prompts, monkeypatch):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
-def test_a_sampler_compiled_for_the_cpu():
+def test_a_sampler_compiled_for_the_cpu(monkeypatch):
     """With frozen weights, but not with a frozen cache; compiled again, it has the new weights."""
+    monkeypatch.setattr(torch._inductor.config.cpp, "vec_isa_ok", True)  # saves a compilation that only asks
     model = ColaDLM(small_vae(), small_dit(n_layer=1)).requires_grad_(False)
 
-    def latents(rows):
-        return torch.cat([block.z for block in model.blocks([[]] * rows, 2 * BLOCK, steps=2, cfg_scale=1)], dim=1)
+    def latents(seed):
+        blocks = model.blocks([[]] * 2, 2 * BLOCK, steps=2, cfg_scale=1, seed=seed)
+        return torch.cat([block.z for block in blocks], dim=1)
 
-    wanted = [latents(rows) for rows in (2, 3)]
+    wanted = [latents(seed) for seed in (0, 1)]
     model.compile_sampler()
-    for rows, z in zip((2, 3, 2), (*wanted, wanted[0]), strict=True):
-        torch.testing.assert_close(latents(rows), z, atol=1e-4, rtol=1e-4)
+    for seed in (0, 1, 0):
+        torch.testing.assert_close(latents(seed), wanted[seed], atol=1e-4, rtol=1e-4)
     for p in model.dit.parameters():
         p.mul_(1.1)
     model.compile_sampler()
-    assert not torch.allclose(latents(2), wanted[0], atol=1e-2)
+    assert not torch.allclose(latents(0), wanted[0], atol=1e-2)
 
 
 def test_a_compiled_sampler_reuses_its_cache_and_few_batch_sizes(monkeypatch):

@@ -28,8 +28,8 @@ from vae import TextVAE, VAEConfig, token_accuracy
 
 def test_one_batch_is_learned_until_sampling_gives_it_back():
     """Both stages on four random sequences; then every continuation of a prompt is right, and from noise comes one of
-    the four.  (62 to 64 of 64 do; a noise that falls between two of them may end between them.)"""
-    B, L, block, vocab, d = 4, 16, 4, 40, 8
+    the four.  (60 of 64 do; a noise that falls between two of them may end between them.)"""
+    B, L, block, vocab, d = 4, 8, 4, 40, 8
     idx = torch.randint(0, vocab - 1, (B, L), generator=torch.Generator().manual_seed(0))
 
     vae = TextVAE(VAEConfig(vocab, 64, 128, 2, 1, 1, d, 1, block))
@@ -41,7 +41,7 @@ def test_one_batch_is_learned_until_sampling_gives_it_back():
         common.optimizer_step(optimizer, 3e-3, 1.0)
     assert token_accuracy(vae, idx) == 1.0
 
-    dit, steps = DiT(DiTConfig(d, 128, 2, 64, 48, 2, 4, block)), 900
+    dit, steps = DiT(DiTConfig(d, 128, 2, 64, 48, 2, 4, block)), 700
     optimizer = common.make_optimizer([(dit, 1.0)], "muon", 0.0)
     copies = idx.repeat(8, 1)  # of each row
     for step in range(steps):
@@ -374,7 +374,8 @@ def test_muon_against_torch(dtype, tolerance):
     shapes = [(12, 20), (20, 12), (12, 20), (16, 16)]
     ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
     options = dict(lr=0.01, weight_decay=0.1)
-    optimizers = [common.Muon(ours, dtype=dtype, **options), torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **options)]
+    torchs = torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **options)
+    optimizers = [common.Muon(ours, dtype=dtype, **options), torchs]
     for _ in range(3):
         for a, b in zip(ours, theirs, strict=True):
             a.grad = b.grad = torch.randn(a.shape)
