@@ -4,8 +4,8 @@
     python bench.py --preset 2b --device cuda
     python bench.py --compare before.json            # beside a run before a change: ratios of the times
 
-The ceilings are measured first: the rate of large matrix products and the bandwidth of memory.  A training step, with
-AdamW, is compared with the FLOPs of its products (budget.py) at that rate (MFU); generation with the least time that it
+The ceilings are measured first: the rate of large matrix products and the bandwidth of memory.  A training step, with the
+preset's optimizer, is compared with the FLOPs of its products (budget.py) at that rate (MFU); generation with the least time that it
 could take (of_possible), the larger of two: to read all weights but those of the modulation once a step, and the cache;
 and to multiply.
 
@@ -219,7 +219,8 @@ def build(o, device):
     """A ColaDLM of the preset's sizes with random weights, none of them zero."""
     sizes = train_vae.PRESETS.get(o.preset, {}) | dict(preset=o.preset, block_size=o.block_size)
     vae_config = train_vae.config_of(train_vae.Options(**sizes))
-    dit_config = train_prior.config_of(train_prior.Options(**train_prior.PRESETS.get(o.preset, {})), vae_config)
+    prior = train_prior.Options(**dict(n_codes=0) | train_prior.PRESETS.get(o.preset, {}))  # the paper's
+    dit_config = train_prior.config_of(prior, vae_config)
     with device:
         models = TextVAE(vae_config), DiT(dit_config)
     for p in models[1].parameters():
@@ -234,7 +235,9 @@ def training(o, model, device, table, rate):
     if o.compile:
         for part in (vae, dit):
             compile_blocks(part)
-    optimizers = [common.make_optimizer([(part, 1.0)], "adamw", 0.01) for part in (vae, dit)]
+    name = train_prior.PRESETS.get(o.preset, {}).get("optimizer", "muon")
+    dtype = common.muon_dtype(device, o.precision)
+    optimizers = [common.make_optimizer([(part, 1.0)], name, 0.01, dtype) for part in (vae, dit)]
 
     objective = train_vae.VAEObjective(train_vae.Options(), vae)
 
@@ -260,10 +263,18 @@ def training(o, model, device, table, rate):
                     z0 = vae.encode(idx).mu
                 loss = loss_function(dit, z0, torch.ones_like(z0), t)
             loss.backward()
-            common.optimizer_step(optimizers[1], 0.0, 1.0)  # the weights stay, so both ways see the same ones
+            optimizer_step()
             return loss.item()
 
         return step, B * prior_step_flops(dit.config, vae.config, L // vae.config.patch_size)
+
+    def optimizer_step():
+        common.optimizer_step(optimizers[1], 0.0, 1.0)  # the weights stay, so both ways see the same ones
+
+    def optimizer_alone():
+        for p in dit.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer_step()
 
     def measure(name, made, n_tokens):
         step, flops = made
@@ -277,6 +288,9 @@ def training(o, model, device, table, rate):
     L, B = o.seq_len, o.batch_size
     measure(f"stage 1 step, {B} x {L}", stage1(L, B), B * L)
     fast = measure(f"stage 2 step, {B} x {L}", stage2(L, B), B * L)
+    alone = median_time("optimizer", optimizer_alone, device, o.repeats)
+    if fast and alone:
+        table.add(f"stage 2 step, {B} x {L}: {name} alone", ms=1e3 * alone, share_of_step=alone / fast)
     if o.slow:
         made = stage2(L, B, slow_loss)
         slow = measure(f"stage 2 step, {B} x {L}, slow way", made, B * L)

@@ -174,7 +174,7 @@ class Codebook(nn.Module):
         super().__init__()
         self.logits = nn.Linear(config.dim, config.n_codes)
         self.register_buffer("codes", torch.zeros(config.n_codes, config.latent_dim))
-        self.register_buffer("share", torch.zeros(config.n_codes))  # w_k; 0 for codes that are not in use
+        self.register_buffer("share", torch.full((config.n_codes,), 1 / config.n_codes))  # w_k; 0 for codes without use
         self.register_buffer("variance", torch.ones(()))  # s^2
 
     def forward(self, x, z, t):
@@ -183,7 +183,7 @@ class Codebook(nn.Module):
             codes, clean, z = self.codes.float(), 1 - t, z.float()
             r = t.square() + clean.square() * self.variance
             nearness = clean / r * (z @ codes.T) - clean.square() / (2 * r) * codes.square().sum(-1)
-            log_w = (self.logits(x.to(self.logits.weight.dtype)).float() + self.share.float().log() + nearness)
+            log_w = self.logits(x.to(self.logits.weight.dtype)).float() + self.share.float().log() + nearness
             log_w = log_w.log_softmax(-1)
             mean = log_w.exp() @ codes  # (B, n, d)
             return (t - clean * self.variance) / r * (z - clean * mean) - mean, log_w
@@ -203,7 +203,8 @@ class Codebook(nn.Module):
         while len(found) < len(self.codes) and distance.max() > variance * mu.shape[1]:
             found.append(mu[distance.argmax()])
             distance = torch.minimum(distance, (mu - found[-1]).square().sum(-1))
-        self.codes[: len(found)], self.share[: len(found)] = torch.stack(found), 1.0
+        self.codes[: len(found)] = torch.stack(found)
+        self.share.copy_(torch.arange(len(self.codes)) < len(found))
         for _ in range(5):
             nearest = self.nearest(mu)
             count = nearest.bincount(minlength=len(self.codes))

@@ -33,7 +33,7 @@ class Options(common.TrainingOptions):  # which adds seed, device, resume and th
     vae: str = option("runs/vae", "folder of the stage-1 run, or of a released model")
     data: tuple = option((), "as in train_vae.py, tokenized as the VAE was; nothing: the text of the VAE's own run")
     # model; the latent size and the block size are the VAE's
-    preset: str = option("small", "small; plain: small without codes; 2b: the paper's", choices=("small", "plain", "2b"))
+    preset: str = option("small", "small; plain: without codes; 2b: the paper's sizes", choices=("small", "plain", "2b"))
     dim: int = option(192, "width", low=1)
     n_head: int = option(2, "attention heads", low=1)
     head_dim: int = option(96, "channels of a head", low=2)

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 import checkpoint
 import vae
 from cola import ColaDLM
-from dit import DiT, DiTConfig
-from flow import flow_matching_loss, sample_times, simulated_prompts, solve, training_layout
+from dit import Codebook, DiT, DiTConfig
+from flow import flow_matching_loss, layout_velocity, sample_times, simulated_prompts, solve, training_layout
 from train_vae import Options, VAEObjective
 from transformer import Layout, block_mask, compile_blocks, make_layout
 from vae import Posterior, TextVAE, VAEConfig, halves_table, masked_view_loss
@@ -26,7 +26,10 @@ def small_vae(**changes):
 
 def small_dit(**changes):
     sizes = dict(latent_dim=d, dim=32, n_head=2, head_dim=12, rope_dim=8, n_layer=2, block_size=BLOCK)
-    return randomised(DiT(DiTConfig(**sizes | changes))).eval()
+    dit = randomised(DiT(DiTConfig(**sizes | changes))).eval()
+    if dit.codebook is not None:
+        dit.codebook.codes.normal_(generator=torch.Generator().manual_seed(2))
+    return dit
 
 
 def randomised(model):
@@ -146,8 +149,9 @@ def test_cached_equals_uncached():
     torch.testing.assert_close(torch.cat(v, 1), dit(z, t), atol=1e-5, rtol=1e-5)
 
 
-def test_noisy_half_of_the_training_layout_equals_cached_inference():
-    dit, n = small_dit(), 4 * BLOCK
+@pytest.mark.parametrize("n_codes", [0, 5])
+def test_noisy_half_of_the_training_layout_equals_cached_inference(n_codes):
+    dit, n = small_dit(n_codes=n_codes), 4 * BLOCK
     z0, z1, t = torch.randn(3, n, d), torch.randn(3, n, d), torch.tensor([0.2, 0.5, 0.9])
     zt = torch.lerp(z0, z1, t[:, None, None])
     seen = []
@@ -280,6 +284,15 @@ def test_dit_options_survive_a_round_trip(tmp_path):
     dit, z = small_dit(qk_bias=True, norm_eps=1e-3, mlp_ratio=2), torch.randn(1, 8, d)
     checkpoint.save_dit(dit, tmp_path)
     torch.testing.assert_close(checkpoint.load_dit(tmp_path)(z, torch.tensor([0.5])), dit(z, torch.tensor([0.5])))
+
+
+def test_codes_survive_a_round_trip_and_the_released_configuration_has_none(tmp_path):
+    dit, z, t = small_dit(n_codes=5), torch.randn(1, 8, d), torch.tensor([0.5])
+    checkpoint.save_dit(dit, tmp_path)
+    torch.testing.assert_close(checkpoint.load_dit(tmp_path)(z, t), dit(z, t))
+    checkpoint.save_dit(small_dit(), tmp_path / "plain")
+    texts = [(folder / "cola_dit" / "config.json").read_text() for folder in (tmp_path, tmp_path / "plain")]
+    assert ["n_codes" in text for text in texts] == [True, False]
 
 
 def test_pre_norm_block_is_the_ordinary_one():
@@ -420,3 +433,79 @@ def test_gaussian_data_are_generated_exactly():
 
     z1 = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(solve(velocity, z1, times, "heun"), m + s * z1, atol=2e-3, rtol=0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Codes
+
+
+def codebook(K=3, share=(0.5, 0.2, 0.3), variance=0.04):
+    book = Codebook(DiTConfig(latent_dim=2, dim=8, n_codes=K))
+    torch.nn.init.zeros_(book.logits.weight), torch.nn.init.zeros_(book.logits.bias)
+    book.codes.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.5], [0.0, 2.0]]))
+    book.share.copy_(torch.tensor(share))
+    book.variance.fill_(variance)
+    return book
+
+
+@pytest.mark.parametrize("t", [0.01, 0.4, 1.0])
+def test_velocity_of_a_mixture_against_a_grid(t):
+    """E[z1 - z0 | z_t] by summing over a grid of z0, of which z1 = (z_t - (1 - t) z0) / t follows."""
+    book, z = codebook(), torch.tensor([[[0.3, 0.4], [-0.5, 1.2]]])
+    line = torch.linspace(-3, 4, 1201, dtype=torch.float64)
+    z0 = torch.cartesian_prod(line, line)  # (N, 2)
+    squares = torch.cdist(z0, book.codes.double()).square()
+    p0 = (torch.exp(-squares / (2 * 0.04)) * book.share).sum(1)
+    for latent, found in zip(z[0], book(torch.zeros(1, 2, 8), z, torch.tensor([[[t]]]))[0][0], strict=True):
+        z1 = (latent - (1 - t) * z0) / t
+        weight = p0 * torch.exp(-z1.square().sum(1) / 2)
+        wanted = (weight[:, None] * (z1 - z0)).sum(0) / weight.sum()
+        torch.testing.assert_close(found, wanted.float(), atol=1e-3, rtol=1e-3)
+
+
+def test_what_the_network_says_moves_the_weights():
+    book, z, t = codebook(), torch.zeros(1, 1, 2), torch.ones(1, 1, 1)  # pure noise: the share counts
+    x = torch.ones(1, 1, 8)
+    log_w = book(x, z, t)[1][0, 0]
+    torch.testing.assert_close(log_w.exp(), book.share)
+    book.logits.bias.data.copy_(torch.tensor([0.0, 1.0, 0.0]))
+    torch.testing.assert_close(book(x, z, t)[1][0, 0], (book.share.log() + book.logits.bias).log_softmax(-1))
+    near = torch.tensor([[[1.0, 0.0]]])
+    with torch.autocast("cpu", torch.bfloat16):  # no digits are lost
+        v, log_w = book(x, near, torch.tensor([[[0.01]]]))
+    assert log_w[0, 0, 0] > -1e-6 and torch.equal(v, book(x, near, torch.tensor([[[0.01]]]))[0])
+
+
+def test_codes_are_found_in_latents():
+    """Five points with noise, seen 1 to 5 times as often; three codes too many, and then two too few."""
+    points = 3 * torch.randn(5, d)
+    which = torch.arange(5).repeat_interleave(torch.arange(1, 6) * 20)[torch.randperm(300)]
+    mu = points[which] + 0.01 * torch.randn(300, d)
+    book = Codebook(DiTConfig(latent_dim=d, dim=8, n_codes=8))
+    book.fit(mu, 0.02)
+    nearest = book.nearest(points)
+    assert sorted(nearest.tolist()) == [0, 1, 2, 3, 4] and torch.equal(book.nearest(mu), nearest[which])
+    torch.testing.assert_close(book.codes[nearest], points, atol=0.02, rtol=0)
+    torch.testing.assert_close(book.share[nearest], (torch.arange(1, 6) * 20 + 0.5) / 302.5)
+    assert book.share[5:].tolist() == [0, 0, 0] and book.variance.item() == pytest.approx(0.02 + 1e-4, rel=0.2)
+    few = Codebook(DiTConfig(latent_dim=d, dim=8, n_codes=3))
+    few.fit(mu, 0.02)
+    assert few.share.min() > 0 and few.variance > 1
+
+
+def test_a_prior_with_codes_starts_at_the_marginal():
+    dit, z = DiT(small_dit(n_codes=5).config), torch.randn(2, 6, d)
+    dit.codebook.codes.normal_()
+    t = torch.tensor([0.3, 0.8])
+    wanted, _ = dit.codebook(torch.zeros(2, 6, 32), z, t[:, None, None])
+    torch.testing.assert_close(dit(z, t), wanted)
+
+
+def test_the_loss_of_codes_is_a_cross_entropy():
+    dit, z0, z1, t = small_dit(n_codes=5), torch.randn(2, 8, d), torch.randn(2, 8, d), torch.tensor([0.3, 0.8])
+    v, log_w = layout_velocity(dit, z0, torch.lerp(z0, z1, t[:, None, None]), t, with_codes=True)
+    target = torch.cdist(z0, dit.codebook.codes[None]).argmin(-1)
+    nats = F.cross_entropy(log_w.flatten(0, 1), target.flatten())
+    plain = flow_matching_loss(dit, z0, z1, t)
+    torch.testing.assert_close(plain, (v - (z1 - z0)).square().mean())
+    torch.testing.assert_close(flow_matching_loss(dit, z0, z1, t, code_weight=0.7), plain + 0.7 * nats)
