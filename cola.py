@@ -3,23 +3,24 @@
 Generation (section 2.2.3 of the paper): encode the prompt; then, block by block, carry Gaussian noise to latents with
 an ODE solver and decode the finished block once.  The prior decides what is said, the decoder how it is spelt.
 
-Likelihood: the same two parts bound log p(x) from the other side, encoder first.
+A block costs one pass of the prior for each step of the solver, with and without history in one batch, one more at
+t = 0, and one pass of the decoder, whatever its number of tokens.
 """
 
 import codecs
-import math
 import operator
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 
-from checkpoint import find_tokenizer, load_dit, load_vae, save_dit, save_vae
+from common import check_range, option
 from data import decode_bytes, encode_prompt, save_tokenizer
-from flow import block_sum, guide, log_prob, solve
-from transformer import STATIC_LEN, allow_recompilation
-from vae import Posterior
+from flow import SOLVERS, guide, solve
+from released_format import find_tokenizer, load_dit, load_vae, save_dit, save_vae
+from transformer import KVCache
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Choosing tokens
@@ -61,6 +62,26 @@ def pick_tokens(logits, uniform, temperature, top_k, top_p):
 # The model
 
 
+@dataclass
+class SamplingOptions:
+    """The options of `ColaDLM.stream` as the scripts have them: the only home of their ranges.  (The defaults are for
+    small models; those of the library are the released ones.)"""
+
+    max_new_tokens: int = option(64, "at most so many new tokens a sample", low=1)
+    steps: int = option(16, "steps of the ODE solver per block", low=1)
+    solver: str = option("euler", "ODE solver; heun evaluates the prior twice a step", choices=SOLVERS)
+    cfg_scale: float = option(3.0, "guidance: how strongly the history steers; 1: none; 7: released", low=0.0, high=1e3)
+    temperature: float = option(0.0, "of the tokens; 0 takes the likeliest", low=0.0)
+    top_k: int = option(0, "keep the k likeliest tokens; 0 keeps all", low=0)
+    top_p: float = option(1.0, "keep the likeliest tokens of this total probability", low=0.0, high=1.0)
+    repetition_penalty: float = option(1.0, "above 1: avoid tokens of earlier blocks", low=1e-6)
+    seed: int = option(0, "seed of the noise", low=0, high=2**31)
+
+    def settings(self):
+        """These options alone, without what a script adds to them."""
+        return {field.name: getattr(self, field.name) for field in fields(SamplingOptions)}
+
+
 class ColaDLM(nn.Module):
     """A TextVAE, a DiT over its latents, and the tokenizer that belongs to them (None: token ids only)."""
 
@@ -68,43 +89,6 @@ class ColaDLM(nn.Module):
         super().__init__()
         check_fit(vae.config, dit.config)
         self.vae, self.dit, self.tokenizer = vae, dit, tokenizer
-        self.compiled_step = self.spare_cache = None  # see `compile_sampler`
-
-    def compile_sampler(self, **options):
-        """Compile a step of the sampler, with the options of torch.compile.  Without any: on CUDA as one CUDA graph; on
-        a CPU with frozen weights, copies laid out as its products like them, so call this again if they have changed.
-
-        Shapes stay the same from block to block, and so does the graph, but for the first block of all.  A new batch
-        size or the next 256 positions (`transformer.STATIC_LEN`) may compile again, once, which takes up to minutes."""
-        torch._dynamo.reset()  # what was compiled before may hold other weights
-        allow_recompilation()
-        frozen = self.device.type == "cpu" and not options
-        if frozen:  # with dynamic shapes oneDNN multiplies, in fp32 on an AMD CPU twice as fast as MKL
-            options = dict(dynamic=True)
-        elif self.device.type == "cuda" and not options:
-            options = dict(mode="reduce-overhead")
-        step = torch.compile(self.dit.forward, fullgraph=True, **dict(dynamic=False) | options)
-        self.compiled_step = torch._inductor.config.patch(freezing=True)(step) if frozen else step
-        self.spare_cache = None
-
-    def step(self, *args):
-        """The velocity while sampling: `DiT.forward`, compiled or not."""
-        return (self.compiled_step or self.dit)(*args)
-
-    @property
-    def static(self):
-        return self.compiled_step is not None
-
-    def new_dit_cache(self, batch_size, max_len):
-        """An empty cache for the DiT.  For a compiled step it is that of the last generation, if that is over and was
-        alike: a CUDA graph is recorded for one place in memory."""
-        spare, self.spare_cache = self.spare_cache, None
-        if spare is not None:
-            memory = spare.memory[0][0]  # (B, H, max_len, D)
-            alike = memory.device == self.device and memory.dtype == self.dit.txt_in.proj.weight.dtype
-            if alike and len(memory) == batch_size and spare.max_len - STATIC_LEN < max_len <= spare.max_len:
-                return spare.clear()
-        return self.dit.new_cache(batch_size, max_len, self.static)
 
     @property
     def device(self):
@@ -170,13 +154,13 @@ class ColaDLM(nn.Module):
         seed=0,
         row_ids=None,
         noise=None,
-        round_time=False,
+        watch=None,
     ):
         """The block generator: yield a `Block` of latents and tokens at a time, until no row needs another.
 
         ids: a list of token ids for every row.
         max_new_tokens, eos_id: a row needs no other block once it has so many new tokens, or this one.  Rows that are
-        finished leave the batch together, when they are a quarter of it (with a compiled step, down to a power of two).
+        finished leave the batch together, when they are a quarter of it.
         steps, solver: of the ODE from noise to latent, "euler" or "heun" (two evaluations a step).
         cfg_scale: guidance u + s (c - u) of the block with its history over the block without; 1 skips the second.
         temperature: 0 takes the likeliest token at each position; otherwise top_k and top_p apply (0 and 1: off).
@@ -186,210 +170,172 @@ class ColaDLM(nn.Module):
         seed, row_ids: a row draws the noise of block b from a generator seeded seed + 1000 row_id + 10^7 b, as in the
         released code, so it does not depend on the rest of the batch; default 0, 1, 2, ...
         noise: (n_blocks, B, block_size, d) instead; generation ends with the last block of noise.
-        round_time: round 1000 t to bfloat16, which the released code does on a GPU; only for comparisons with it.
+        watch(z, t): sees the latents of a block (B, block_size, d) after every step of the solver.
 
         Kept as released, because the numbers depend on it: the decoder reads latents as the DiT left them, still
         shifted and scaled; and with patch_size 2 the second half of an odd prompt's last latent, which was encoded with
         padding there, is decoded like a new token (or, where it ends a block, passed over).
         """
-        check_options(max_new_tokens, steps, cfg_scale, solver, temperature, top_k, top_p, repetition_penalty, seed)
-        c, device = self.vae.config, self.device
-        block_size, chunk, d = c.block_size, c.block_size * c.patch_size, c.latent_dim
-        pad_id = c.vocab_size - 1 if pad_id is None else pad_id
-        check_ids(ids + [[pad_id]], c.vocab_size)
+        numbers = dict(max_new_tokens=max_new_tokens, steps=steps, cfg_scale=cfg_scale, solver=solver, seed=seed)
+        numbers |= dict(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
+        check_range(SamplingOptions, numbers)
+        c = self.vae.config
+        shape, chunk = (c.block_size, c.latent_dim), c.block_size * c.patch_size
         if not ids:
             return
-        B = len(ids)
-        rows, left = list(range(B)), [max_new_tokens] * B  # rows in the batch; new tokens that each row still needs
-        row_ids = list(range(B) if row_ids is None else row_ids)
-
-        # 1. Encode the prompts.  Whole blocks are history; what is left over opens the first generated block.  (Of a
-        # prompt of 20 tokens, with blocks of 16, 16 are history and 4 are the first of the next block.)
-        n_latents = torch.tensor([-(-len(row) // c.patch_size) for row in ids])  # (B,)
-        n_history = n_latents // block_size * block_size  # (B,)
-        n_left_over = [max(len(row) - int(h) * c.patch_size, 0) for row, h in zip(ids, n_history, strict=True)]
-        n_blocks = max(-(-(old + max_new_tokens) // chunk) for old in n_left_over)
+        row_ids = list(range(len(ids)) if row_ids is None else row_ids)
+        left = [max_new_tokens] * len(ids)  # new tokens that each row still needs
+        state = self.prefill(ids, max_new_tokens, pad_id)
+        n_blocks = state.n_blocks
         if noise is not None:
             noise = torch.as_tensor(noise)
-            if noise.dim() != 4 or len(noise) == 0 or noise.shape[1:] != (B, block_size, d):
-                raise ValueError(f"noise must be (n_blocks, {B}, {block_size}, {d}), not {tuple(noise.shape)}")
+            wanted = (len(ids), *shape)
+            if noise.dim() != 4 or len(noise) == 0 or noise.shape[1:] != wanted:
+                raise ValueError(f"noise must be (n_blocks, *{wanted}), not {tuple(noise.shape)}")
             n_blocks = min(n_blocks, len(noise))
-        if any(ids):
-            prompt_z = self.vae.to_dit(self.vae.encode(pad_rows(ids, chunk, pad_id, device)).mu)  # (B, longest, d)
+        times = torch.linspace(1.0, 0.0, steps + 1).tolist()
+        seen = torch.zeros(len(ids), c.vocab_size, dtype=torch.bool, device=self.device)  # predicted in earlier blocks
 
-        # 2. One pass of both models over the history fills their caches.
-        max_len = int(n_history.max()) + n_blocks * block_size
-        vae_cache, dit_cache = self.vae.new_cache(B, max_len), self.new_dit_cache(B, max_len)
-        times = torch.linspace(1.0, 0.0, steps + 1, device=device)
-        network_times = (1000 * times).bfloat16().float() / 1000 if round_time else times
-        both_times = torch.stack([network_times, torch.zeros_like(times)], dim=1)  # [t_i, 0] for each step i
-        modulation = self.dit.modulation(both_times)[:, None]  # (steps + 1, 1, 2, ...)
-        at_zero = modulation[-1]  # of [0, 0]: t ends there
-        if n_history.any():
-            history = prompt_z[:, : int(n_history.max())]
-            self.dit(history, both_times[-1:], modulation=at_zero, cache=dit_cache)
-            self.vae.decode(history, vae_cache)
-            dit_cache.commit(n_history)
-            vae_cache.commit(n_history)
-
-        # "Clean repaint": latents of the first block that the prompt determines are clean (time 0) and do not move.
-        is_clean = torch.arange(block_size) < (n_latents - n_history)[:, None]  # (B, block_size)
-        clean_z = torch.zeros(B, block_size, d, device=device)
-        for i in is_clean.any(1).nonzero()[:, 0].tolist():
-            clean_z[i] = prompt_z[i, n_history[i] : n_history[i] + block_size]
-        is_clean = is_clean.to(device) if is_clean.any() else None
-
-        seen = torch.zeros(B, c.vocab_size, dtype=torch.bool, device=device)  # ids predicted in earlier blocks
         for b in range(n_blocks):
-            # 3. Noise to latents, given the history.
-            generators = block_generators(seed, [row_ids[row] for row in rows], b)
-            z = torch.stack([torch.randn(block_size, d, generator=g) for g in generators])
-            z = (z if noise is None else noise[b, rows]).to(device, torch.float32)  # (B, block_size, d)
-            if is_clean is not None:
-                z = torch.where(is_clean[..., None], clean_z, z)
-            velocity = self.guided_velocity(both_times, modulation, dit_cache, cfg_scale, is_clean)
-            z = solve(velocity, z, times, solver)
+            # Noise to latents, given the history.
+            generators = block_generators(seed, [row_ids[row] for row in state.rows], b)
+            z1 = torch.stack([torch.randn(shape, generator=g) for g in generators])
+            z1 = (z1 if noise is None else noise[b, state.rows]).to(self.device, torch.float32)  # (B, block_size, d)
+            z = self.next_block(state, z1, times, cfg_scale, solver, watch)
 
-            # 4. Latents to tokens, once.
-            logits = self.vae.decode(z, vae_cache).float()  # (B, chunk, V)
+            # Latents to tokens, all of the block at once.
+            logits = self.vae.decode(z, state.vae_cache).float()  # (B, chunk, V)
             if repetition_penalty != 1:
                 logits = penalise(logits, seen, repetition_penalty)
-            uniform = torch.stack([torch.rand(chunk, generator=g) for g in generators]).to(device)
+            uniform = torch.stack([torch.rand(chunk, generator=g) for g in generators]).to(self.device)
             tokens = pick_tokens(logits, uniform, temperature, top_k, top_p)  # (B, chunk)
             seen.scatter_(1, tokens, True)
             last = b == n_blocks - 1
-            new = [row[old:] for row, old in zip(tokens.tolist(), n_left_over, strict=True)]
-            yield Block(z, new, last, rows)
+            new = [row[old:] for row, old in zip(tokens.tolist(), state.n_known, strict=True)]
+            yield Block(z, new, last, state.rows)
 
-            # 5. The finished block becomes history, at t = 0, for the rows that go on.
-            for row, ids_of_row in zip(rows, new, strict=True):
+            # The finished block becomes history, for the rows that go on.
+            for row, ids_of_row in zip(state.rows, new, strict=True):
                 left[row] = 0 if eos_id in ids_of_row else left[row] - len(ids_of_row)
-            going = [i for i, row in enumerate(rows) if left[row] > 0]
+            going = [i for i, row in enumerate(state.rows) if left[row] > 0]
             if last or not going:
-                self.spare_cache = dit_cache if self.static else None
                 return
-            if self.static:  # few batch sizes, powers of two, since each is compiled anew: some that are done stay
-                size = 1 << (len(going) - 1).bit_length()
-                going += [i for i in range(len(rows)) if i not in going][: size - len(going)]
-            if len(going) <= 0.75 * len(rows):
-                rows, z, seen = [rows[i] for i in going], z[going], seen[going]
-                dit_cache.keep(going)
-                vae_cache.keep(going)
-            layout = self.dit.layout(block_size, device, dit_cache)
-            self.step(z, both_times[-1:], None, at_zero, layout, dit_cache)
-            dit_cache.commit(block_size)
-            vae_cache.commit(block_size)
-            is_clean, n_left_over = None, [0] * len(rows)
+            kept = self.kept_rows(going, len(state.rows))
+            if len(kept) < len(state.rows):
+                state.keep(kept)
+                z, seen = z[kept], seen[kept]
+            self.append(state, z)
 
-    def guided_velocity(self, times, modulation, cache, cfg_scale, is_clean):
-        """The velocity of one block as a function (z (B, block_size, d), step) -> (B, block_size, d).
+    def kept_rows(self, going, n):
+        """Which of n rows stay in the batch, if `going` are unfinished: all, until a quarter of them can leave."""
+        return going if len(going) <= 0.75 * n else list(range(n))
 
-        Rows without a history are not guided: there both branches are one and the same, and guidance would only
-        amplify rounding errors.  Latents where `is_clean` (bool (B, block_size), or None) do not move."""
+    @torch.no_grad()
+    def prefill(self, ids, max_new_tokens=64, pad_id=None):
+        """The `Generation` of prompts, with room for max_new_tokens.  ids: a list of token ids for every row, which may
+        be empty.  Raises ValueError for ids outside the vocabulary."""
+        c = self.vae.config
+        block_size, p = c.block_size, c.patch_size
+        pad_id = c.vocab_size - 1 if pad_id is None else pad_id
+        check_ids(ids + [[pad_id]], c.vocab_size)
+
+        # Whole blocks of a prompt are history; what is left over opens the first generated block.  (Of a prompt of 20
+        # tokens, with blocks of 16, 16 are history and 4 are the first of the next block.)
+        n_latents = torch.tensor([-(-len(row) // p) for row in ids])  # (B,)
+        n_history = n_latents // block_size * block_size  # (B,)
+        n_known = [max(len(row) - int(h) * p, 0) for row, h in zip(ids, n_history, strict=True)]
+        n_blocks = max(-(-(known + max_new_tokens) // (block_size * p)) for known in n_known)
+        max_len = int(n_history.max()) + n_blocks * block_size
+        caches = self.new_dit_cache(len(ids), max_len), self.vae.new_cache(len(ids), max_len)
+        state = Generation(list(range(len(ids))), *caches, n_blocks, n_known)
+        if not any(ids):
+            return state
+
+        # The mean, not a sample: a prompt is known, and this is the likeliest latent of it.
+        prompt_z = self.vae.to_dit(self.vae.encode(pad_rows(ids, block_size * p, pad_id, self.device)).mu)  # (B, n, d)
+        if n_history.any():
+            history = prompt_z[:, : int(n_history.max())]
+            self.dit(history, torch.zeros(1, device=self.device), cache=state.dit_cache)
+            self.vae.decode(history, state.vae_cache)
+            state.dit_cache.commit(n_history)
+            state.vae_cache.commit(n_history)
+        is_known = torch.arange(block_size) < (n_latents - n_history)[:, None]  # (B, block_size)
+        if is_known.any():
+            state.is_known = is_known.to(self.device)
+            state.known_z = torch.zeros(len(ids), block_size, c.latent_dim, device=self.device)
+            for i in is_known.any(1).nonzero()[:, 0].tolist():
+                state.known_z[i] = prompt_z[i, n_history[i] : n_history[i] + block_size]
+        return state
+
+    @torch.no_grad()
+    def next_block(self, state, z1, times, cfg_scale=7.0, solver="euler", watch=None):
+        """Carry noise z1 (B, block_size, d) along `times`, a list from 1 to 0, to the next block of latents.
+
+        "Clean repaint": latents that the prompt determines are clean (time 0) and do not move.
+        Rows without a history are not guided: there both branches are one and the same, and guidance would only amplify
+        rounding errors."""
+        cache, is_known = state.dit_cache, state.is_known
         guided = (cache.length > 0) & (cfg_scale != 1)
         copies = 2 if guided.any() else 1
         scale = torch.where(guided, cfg_scale, 1.0).to(self.device)[:, None, None]
-        layout = self.dit.layout(self.dit.config.block_size, self.device, cache, copies)
-        # 0: the time of this step, 1: time 0
-        time_index = None if is_clean is None else is_clean.long().repeat(copies, 1)
+        layout = self.dit.layout(z1.shape[1], self.device, cache, copies)
+        time_index = None if is_known is None else is_known.long().repeat(copies, 1)  # 1: time 0
 
-        def velocity(z, i):
-            # Both branches in one batch; the second half has no rows in the cache, hence no history.
-            v = self.step(z.repeat(copies, 1, 1), times[i : i + 1], time_index, modulation[i], layout, cache)
-            if copies == 2:
-                v = guide(*v.chunk(2), scale)
-            elif self.static:
-                v = v.clone()  # a CUDA graph writes its next result to the same place
-            return v if is_clean is None else v.masked_fill(is_clean[..., None], 0.0)
+        def velocity(z, t):
+            # Both branches in one batch; the second half has no rows in the cache, hence no history.  How that is
+            # trained without ever dropping the history: the first block of every training window has none.
+            v = self.velocity(z.repeat(copies, 1, 1), self.times(state, t), time_index, layout, cache)
+            v = guide(*v.chunk(2), scale) if copies == 2 else v
+            return v if is_known is None else v.masked_fill(is_known[..., None], 0.0)
 
-        return velocity
-
-    def log_prob(self, texts, n_samples=1, **options):
-        """log p(x) of every text (str or ids), in nats, (B,), from n_samples samples.
-
-        One sample is the ELBO, log p(x | z0) + log p(z0) - log q(z0 | x) with z0 ~ q(z0 | x): in expectation a lower
-        bound.  More give the log of the mean weight (IWAE, arXiv:1509.00519), a tighter bound, but one only with
-        exact=True: the exponential of Hutchinson's unbiased estimate of log p(z0) is too high on average.
-        options: of `log_weights`."""
-        log_w = self.log_weights(prompt_ids(self.tokenizer, texts), n_samples, **options).total  # (K, B)
-        return log_w.logsumexp(0) - math.log(n_samples)
-
-    def conditional_log_prob(self, prompts, responses, n_samples=1, row_ids=None, **options):
-        """log p(response | prompt) = log p(prompt, response) - log p(prompt), in nats, (B,).
-
-        Both terms are bounds, so the difference is none; but they share their random numbers, and with one sample all
-        that belongs to whole blocks of the prompt cancels.  Rows to be compared, such as the answers to one question,
-        should share a row_id.  A prompt or response: str or ids."""
-        before, after = prompt_ids(self.tokenizer, prompts), prompt_ids(self.tokenizer, responses)
-        whole = [a + b for a, b in zip(before, after, strict=True)]
-        row_ids = list(range(len(whole)) if row_ids is None else row_ids)
-        keys = list(zip(map(tuple, before), row_ids, strict=True))
-        unique = list(dict.fromkeys(keys))  # a prompt with many responses is computed once, behind the whole texts
-        rows, their_ids = [list(ids) for ids, _ in unique], [row_id for _, row_id in unique]
-        log_p = self.log_prob(whole + rows, n_samples, row_ids=row_ids + their_ids, **options)
-        of_prompt = dict(zip(unique, log_p[len(whole) :], strict=True))
-        return log_p[: len(whole)] - torch.stack([of_prompt[key] for key in keys])
+        z = z1 if is_known is None else torch.where(is_known[..., None], state.known_z, z1)
+        return solve(velocity, z, times, solver, watch)
 
     @torch.no_grad()
-    def log_weights(self, ids, n_samples=1, steps=128, read_time=0.0, exact=False, pad_id=None, seed=0, row_ids=None):
-        """The terms of log p(x, z0) / q(z0 | x) for n_samples draws z0 ~ q(z0 | x): `LogWeights` of (K, B), in nats.
+    def append(self, state, z):
+        """Make the block z, decoded before with state.vae_cache, part of the history.
 
-        ids: a list of token ids for every row.  The last block is padded for the encoder, with pad_id as in `blocks`;
-        what the padding says is left open and costs nothing.
-        steps, exact: of the flow's likelihood (`flow.log_prob`); exact: without Hutchinson's estimator.
-        read_time: 0 is the paper's model.  Above 0 it is another reading of the same networks, not in the paper: the
-        flow stops at this time, the decoder reads the latent z_t found there, and the encoder turns the tokens into the
-        history of the next block.  The latent variable is z_t, and q(z_t | x) is q(z0 | x) noised to that time.  The
-        bound can be far tighter, since the finest detail of the latents, which no decoder needs, is not asked for.
-        seed, row_ids: of the random numbers, as in `blocks`.
-        Raises ValueError for an autoencoder without variance, ids outside the vocabulary, and options out of range."""
-        c, device = self.vae.config, self.device
-        if not c.use_variation:
-            raise ValueError("this VAE has no variance (use_variation is false), hence no likelihood")
-        if n_samples < 1:
-            raise ValueError(f"n_samples {n_samples} must be at least 1")
-        pad_id = c.vocab_size - 1 if pad_id is None else pad_id
-        check_ids(ids + [[pad_id]], c.vocab_size)
-        if not any(ids):
-            return LogWeights(*torch.zeros(3, n_samples, len(ids), device=device))
-        shape, chunk = (c.block_size, c.latent_dim), c.block_size * c.patch_size
-        idx = pad_rows(ids, chunk, pad_id, device)
-        lengths = torch.tensor([len(row) for row in ids], device=device)
-        is_text = torch.arange(idx.shape[1], device=device) < lengths[:, None]  # (B, L)
-        is_block = is_text[:, ::chunk]  # (B, n_blocks)
-        posterior = self.vae.encode(idx)
-        q0 = Posterior(self.vae.to_dit(posterior.mu), posterior.logvar + 2 * math.log(c.scaling_factor))
-        qt = q0.noised(read_time) if read_time > 0 else q0
-        row_ids = range(len(ids)) if row_ids is None else row_ids
-        generators = [block_generators(seed, row_ids, b) for b in range(is_block.shape[1])]
+        One more pass, at t = 0: the keys in the cache are those of the solver's last step, when z was not yet final."""
+        layout = self.dit.layout(z.shape[1], self.device, state.dit_cache)
+        self.velocity(z, self.times(state, 0.0), None, layout, state.dit_cache)
+        state.dit_cache.commit(z.shape[1])
+        state.vae_cache.commit(z.shape[1])
+        state.is_known, state.known_z, state.n_known = None, None, [0] * len(state.rows)
 
-        def draw():  # (B, n, d) of N(0, I); the numbers of a block do not depend on what follows it
-            blocks = [[torch.randn(shape, generator=g) for g in block] for block in generators]
-            return torch.cat([torch.stack(block) for block in blocks], dim=1).to(device)
+    def times(self, state, t):
+        """The `dit.Times` of [t, 0], once for all blocks: for each step anew they would be a third of the work."""
+        if t not in state.times:
+            state.times[t] = self.dit.times(torch.tensor([[t, 0.0]], device=self.device))
+        return state.times[t]
 
-        probe = None if exact else draw().sign()  # one for all samples, whose weights are to be compared
-        terms = []
-        for _ in range(n_samples):
-            z0 = q0.at(draw())
-            zt = qt.at(draw()) if read_time > 0 else z0
-            log_p_x = self.vae.log_likelihood(zt, idx)  # (B, L)
-            log_p_z = log_prob(self.dit, z0, zt, read_time, steps, probe)  # (B, n_blocks)
-            log_q = block_sum(qt.log_prob(zt), c.block_size)  # (B, n_blocks)
-            terms.append([(log_p_x * is_text).sum(1), (log_p_z * is_block).sum(1), (log_q * is_block).sum(1)])
-        return LogWeights(*(torch.stack(term) for term in zip(*terms, strict=True)))
+    def velocity(self, *args):
+        """`DiT.forward`, as the sampler calls it (extras/compiled.py has another)."""
+        return self.dit(*args)
+
+    def new_dit_cache(self, batch_size, max_len):
+        return self.dit.new_cache(batch_size, max_len)
 
 
-class LogWeights(NamedTuple):
-    """Of latents drawn from the posterior, each (K, B), in nats."""
+@dataclass
+class Generation:
+    """A batch of texts between two blocks: made by `prefill`, moved on by `next_block` and `append`."""
 
-    decoder: torch.Tensor  # log p(x | z)
-    prior: torch.Tensor  # log p(z)
-    posterior: torch.Tensor  # log q(z | x)
+    rows: list  # which of the prompts the rows of the batch are
+    dit_cache: KVCache  # the finished blocks, as the prior sees them
+    vae_cache: KVCache  # and as the decoder does
+    n_blocks: int  # room in both
+    n_known: list  # tokens of each row that the prompt has of the next block
+    is_known: torch.Tensor | None = None  # bool (B, block_size): their latents
+    known_z: torch.Tensor | None = None  # (B, block_size, d), in the units of the DiT
+    times: dict = field(default_factory=dict)  # of the solver: {t: Times of [t, 0]}
 
-    @property
-    def total(self):
-        """log of p(x, z) / q(z | x)."""
-        return self.decoder + self.prior - self.posterior
+    def keep(self, kept):
+        """Forget all rows but these, a list."""
+        self.rows, self.n_known = [self.rows[i] for i in kept], [self.n_known[i] for i in kept]
+        self.dit_cache.keep(kept)
+        self.vae_cache.keep(kept)
+        if self.is_known is not None:
+            self.is_known, self.known_z = self.is_known[kept], self.known_z[kept]
 
 
 class Block(NamedTuple):
@@ -445,26 +391,6 @@ def check_ids(ids, vocab_size):
     for i in (i for row in ids for i in row):
         if not 0 <= i < vocab_size:
             raise ValueError(f"token id {i} is outside the vocabulary 0..{vocab_size - 1}")
-
-
-def check_options(max_new_tokens, steps, cfg_scale, solver, temperature, top_k, top_p, repetition_penalty, seed):
-    integers = dict(max_new_tokens=max_new_tokens, steps=steps, top_k=top_k, seed=seed)
-    numbers = dict(cfg_scale=cfg_scale, temperature=temperature, top_p=top_p, repetition_penalty=repetition_penalty)
-    for name, value in (integers | numbers).items():
-        if not isinstance(value, int if name in integers else (int, float)) or not math.isfinite(value):
-            raise ValueError(f"{name} {value!r} must be {'an integer' if name in integers else 'a finite number'}")
-    for name, value, fine, allowed in [
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
-        ("steps", steps, steps >= 1, "1 or more"),
-        ("cfg_scale", cfg_scale, 0 <= cfg_scale <= 1000, "between 0 and 1000"),
-        ("solver", solver, solver in ("euler", "heun"), "euler or heun"),
-        ("temperature", temperature, temperature >= 0, "0 or more"),
-        ("top_k", top_k, top_k >= 0, "0 or more"),
-        ("top_p", top_p, 0 <= top_p <= 1, "between 0 and 1"),
-        ("repetition_penalty", repetition_penalty, repetition_penalty > 0, "above 0"),
-    ]:
-        if not fine:
-            raise ValueError(f"{name} {value} is out of range: it must be {allowed}")
 
 
 def check_fit(vae, dit):

@@ -38,9 +38,6 @@ class TrainingOptions:
     fsdp: bool = option(False, "under torchrun, shard weights and optimizer over the processes: less memory")
     checkpointing: bool = option(False, "compute activations again for the gradient: less memory, a third more time")
     compile: bool = option(False, "compile the models: faster on a GPU, after a minute or more")
-    dry_run: bool = option(False, "only print what the run would take: FLOPs, memory, tokens of a budget")
-    devices: int = option(1, "dry run: on so many devices", low=1)
-    budget: float = option(2000.0, "dry run: EFLOPs to spend", low=0.0)
     optimizer: str = option("muon", "muon (hidden matrices; AdamW for the rest) or adamw", choices=("muon", "adamw"))
     weight_decay: float = option(0.01, "weight decay of matrices", low=0.0)
     clip: float = option(1.0, "largest norm of the gradient; 0: any", low=0.0)
@@ -50,26 +47,6 @@ class TrainingOptions:
     seed: int = option(0, "seed of weights, batches and noise", low=0, high=2**31)
     device: str = option("auto", "auto, cpu, cuda, mps")
     precision: str = option("auto", "of matrix products; weights stay fp32", choices=("auto", "fp32", "bf16"))
-
-
-@dataclasses.dataclass
-class SamplingOptions:
-    """How sample.py, judge.py and evaluate.py sample: options of `ColaDLM.stream`, by name, with the same defaults for
-    the three (the library's own are those of the released model)."""
-
-    max_new_tokens: int = option(64, "at most so many new tokens a sample", low=1)
-    steps: int = option(16, "steps of the ODE solver per block", low=1)
-    solver: str = option("euler", "ODE solver; heun evaluates the prior twice a step", choices=("euler", "heun"))
-    cfg_scale: float = option(3.0, "guidance: how strongly the history steers; 1: none; 7: released", low=0.0)
-    temperature: float = option(0.0, "of the tokens; 0 takes the likeliest", low=0.0)
-    top_k: int = option(0, "keep the k likeliest tokens; 0 keeps all", low=0)
-    top_p: float = option(1.0, "keep the likeliest tokens of this total probability", low=0.0, high=1.0)
-    repetition_penalty: float = option(1.0, "above 1: avoid tokens of earlier blocks", low=1e-6)
-    seed: int = option(0, "seed of the noise", low=0, high=2**31)
-
-    def settings(self):
-        """These options alone, without what a script adds to them."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(SamplingOptions)}
 
 
 def flag(name):
@@ -107,17 +84,32 @@ def parse_options(cls, description, presets=None, argv=None):
             kwargs["metavar"] = None if field.metadata["choices"] else type(field.default).__name__.upper()
         parser.add_argument(flag(field.name), **kwargs)
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(parser.parse_args(argv)).items()}
-    for field in fields:
-        low, high = field.metadata["low"], field.metadata["high"]
-        value = given.get(field.name, field.default)
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, float) and not math.isfinite(number):
-                parser.error(f"{flag(field.name)} {number} is out of range: it must be a finite number")
-            if (low is not None and number < low) or (high is not None and number > high):
-                allowed = f"at least {low}" if high is None else f"between {low} and {high}"
-                parser.error(f"{flag(field.name)} {number} is out of range: it must be {allowed}")
+    try:
+        check_range(cls, {field.name: field.default for field in fields} | given, flag)
+    except ValueError as error:
+        parser.error(error)
     preset = (presets or {}).get(given.get("preset"), {})
     return cls(**(preset | given)), set(given)
+
+
+def check_range(cls, values, spelt=str):
+    """Raises ValueError for a value that the option of this name in the dataclass `cls` may not have; a tuple has
+    several.  spelt: how the error writes the name."""
+    options = {field.name: field for field in dataclasses.fields(cls)}
+    for name, value in values.items():
+        default, about = options[name].default, options[name].metadata
+        for number in value if isinstance(value, tuple) else (value,):
+            where = f"{spelt(name)} {number!r}"
+            if about["choices"] and number not in about["choices"]:
+                raise ValueError(f"{where} is out of range: it must be one of {', '.join(about['choices'])}")
+            if type(default) is int and type(number) is not int:
+                raise ValueError(f"{where} must be an integer")
+            if type(default) is float and not (isinstance(number, (int, float)) and math.isfinite(number)):
+                raise ValueError(f"{where} is out of range: it must be a finite number")
+            low, high = about["low"], about["high"]
+            if (low is not None and number < low) or (high is not None and number > high):
+                allowed = f"at least {low}" if high is None else f"between {low} and {high}"
+                raise ValueError(f"{where} is out of range: it must be {allowed}")
 
 
 def run_script(main):
@@ -215,7 +207,8 @@ def muon_dtype(device, precision):
 class Muon(torch.optim.Optimizer):
     """Momentum with orthogonal updates for matrices (arXiv:2502.16982, Algorithm 1 and section 2.2).
 
-    m <- 0.95 m + 0.05 g;  u = orthogonalize(0.95 m + 0.05 g);  W <- (1 - lr decay) W - lr 0.2 sqrt(max(rows, columns)) u
+    m <- 0.95 m + 0.05 g
+    W <- (1 - lr decay) W - 0.2 lr sqrt(max(rows, columns)) orthogonalize(0.95 m + 0.05 g)
 
     The square root gives an update the size that AdamW's would have, so one learning rate serves both.  The same
     computation as torch.optim.Muon, which multiplies in bfloat16 whatever the hardware, and matrix by matrix; here

@@ -7,17 +7,13 @@ Tokenizers are `tiktoken.Encoding` objects: byte-level BPE, trained on the corpu
 of tiktoken's own.  Token files are flat uint32 arrays (100,278 ids do not fit into 16 bits), memory-mapped.
 """
 
-import ast
 import contextlib
 import functools
 import heapq
-import importlib.util
 import json
 import re
 import sys
-import sysconfig
 import unicodedata
-import warnings
 import zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -38,8 +34,8 @@ PIECE = 1 << 16  # characters; longer files are cut at line ends, and each piece
 
 
 def documents(source):
-    """Yield the documents of a corpus: source is a list of files, of folders, and of the texts that ship inside Python,
-    "names", "pydoc" and "summaries".
+    """Yield the documents of a corpus: source is a list of files, of folders, and of "names", a text that comes with
+    Python (`unicode_names`).
 
     .jsonl files hold one {"text": ...} a line; every other file is one UTF-8 text; folders are searched for .txt, .md
     and .jsonl.  Nothing is held in memory but the current piece.  Raises ValueError or FileNotFoundError for what
@@ -63,7 +59,7 @@ def documents(source):
 
 @contextlib.contextmanager
 def open_text(file):
-    """The file as UTF-8 text, open for reading.  Raises ValueError that names the first line which is none."""
+    """The file as UTF-8 text, open for reading.  Raises ValueError with the number of the first line that is not."""
     with open(file, encoding="utf-8-sig") as f:
         try:
             yield f
@@ -106,54 +102,6 @@ def jsonl_documents(file):
         yield text
 
 
-def docstrings(folder):
-    """Yield all docstrings of the Python files in a folder, those of tests and of bundled old packages excepted."""
-    skipped = {"site-packages", "dist-packages", "test", "tests", "testing", "idlelib", "lib2to3"}
-    for file in sorted(folder.rglob("*.py")):
-        if skipped & set(file.relative_to(folder).parts):
-            continue
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # old code, not our business
-                tree = ast.parse(file.read_bytes())
-        except (SyntaxError, ValueError, OSError):
-            continue
-        for node in ast.walk(tree):
-            documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
-            if documented and (text := ast.get_docstring(node)):
-                yield text
-
-
-@functools.cache
-def pydoc_documents():
-    """A list of the English prose that every Python carries: reference topics and docstrings of the standard library.
-
-    Cached, for parsing the library takes seconds."""
-    from pydoc_data.topics import topics
-
-    library = Path(sysconfig.get_path("stdlib"))
-    return [topics[name] for name in sorted(topics)] + [text + "\n" for text in docstrings(library)]
-
-
-@functools.cache
-def docstring_summaries():
-    """A list of sentences like "Return a copy of the graph.": what docstrings say first, each but once.
-
-    Of the standard library and of four packages that come with requirements.txt, two of them by way of torch."""
-    packages = [importlib.util.find_spec(name) for name in ("torch", "numpy", "sympy", "networkx")]
-    folders = [Path(sysconfig.get_path("stdlib"))] + [Path(spec.origin).parent for spec in packages if spec]
-    return list(dict.fromkeys(summaries(text for folder in folders for text in docstrings(folder))))
-
-
-def summaries(texts):
-    """Yield the first paragraph of each text as one line if it is prose: from a capital to a period, not indented."""
-    for text in texts:
-        paragraph = text.split("\n\n")[0]
-        line = " ".join(paragraph.split())
-        if "\n " not in paragraph and re.fullmatch(r"[A-Z][^>]*\.", line):
-            yield line
-
-
 # Kinds of characters that are numbered, or named by a rule, hundreds or thousands at a time.
 NUMBERED = ("CJK", "HANGUL SYLLABLE", "CUNEIFORM SIGN", "TANGUT", "NUSHU", "KHITAN", "EGYPTIAN", "ANATOLIAN", "LINEAR")
 NUMBERED += ("BAMUM", "VAI", "YI", "MENDE", "DUPLOYAN", "BYZANTINE", "SIGNWRITING", "COMPATIBILITY", "VARIATION")
@@ -163,13 +111,13 @@ NUMBERED += ("BAMUM", "VAI", "YI", "MENDE", "DUPLOYAN", "BYZANTINE", "SIGNWRITIN
 def unicode_names():
     """A list of the names of Unicode characters in small letters, such as "greek small letter alpha with tonos".
 
-    In the order of a hash, so that neighbours are no relatives.  Newer versions of Python know more characters."""
+    In the order of a hash: in that of the code points, neighbours are alike.  Newer versions of Python have more."""
     names = (unicodedata.name(chr(i), "") for i in range(sys.maxunicode + 1))
     names = [name.lower() for name in names if name and not name.startswith(NUMBERED)]
     return sorted(names, key=lambda name: (zlib.crc32(name.encode()), name))
 
 
-BUILT_IN = dict(names=unicode_names, pydoc=pydoc_documents, summaries=docstring_summaries)
+BUILT_IN = dict(names=unicode_names)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -523,7 +471,7 @@ class Options:
     out: str = option("tokens", "folder for train.bin, val.bin and tokenizer.json")
     tokenizer: str = option("bpe", "bpe (trained on the text), a tokenizer.json, or a tiktoken name (cl100k_base)")
     vocab_size: int = option(512, "size of a trained vocabulary", low=258)
-    data: tuple = option(("names",), "text files, folders, .jsonl, or what comes with Python: names, pydoc, summaries")
+    data: tuple = option(("names",), "text files, folders, .jsonl; or names, which come with Python")
 
 
 def main():

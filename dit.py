@@ -15,12 +15,13 @@ configuration with n_codes = 0, the default here, is the released model.
 
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from transformer import KVCache, attend, check_sizes, make_layout, rope_freqs, rotate, run_block
+from transformer import KVCache, apply_rope, attend, check_sizes, make_layout, rope_freqs, run_block
 
 TIME_CHANNELS = 256
 ROPE_THETA = 10000.0
@@ -40,7 +41,8 @@ class DiTConfig:
     block_size: int = 16  # latents per block: the unit of generation
     qk_bias: bool = False  # bias of the query/key/value projection and of the attention's output
     norm_eps: float = 1e-5
-    n_codes: int = field(default=0, metadata=dict(low=0))  # of the `Codebook`; 0: none, the paper's prior
+    # Not in the released configuration, and written to files only where it differs from this default.
+    n_codes: int = field(default=0, metadata=dict(low=0, ours=True))  # of the `Codebook`; 0: none, the paper's prior
 
     def __post_init__(self):
         check_sizes(self)
@@ -50,13 +52,13 @@ class DiTConfig:
             raise ValueError(f"rope_dim {self.rope_dim} must be even, above 0 and at most head_dim {self.head_dim}")
 
 
-def pairs(x):
-    """The partners in the DiT (see `transformer.rotate`): channels 2i and 2i + 1, as in GPT-J."""
+def rotate_interleaved(x):
+    """The pairs in the DiT (see `transformer.apply_rope`): channels 2i and 2i + 1, as in GPT-J."""
     return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
 
 
-def pairs_table(pos, config, device):
-    """The table of `rotate` for partners as in `pairs`: pos (B, L) -> cosines and sines (B, 1, L, D) in fp32.
+def rope_table(pos, config, device):
+    """Cosines and sines for `rotate_interleaved`: pos (B, L) -> (B, 1, L, D) each, in fp32.
 
     Only the first rope_dim channels turn; the others keep a cosine of 1."""
     angle = pos.to(device)[:, None, :, None].float() * rope_freqs(config.rope_dim, ROPE_THETA, device)
@@ -94,7 +96,7 @@ class Attention(nn.Module):
 
     def forward(self, x, layout, cache):
         q, k, v = self.proj_qkv(x).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)  # 3 x (B, H, L, D)
-        q, k = (rotate(y, layout.rope, pairs).to(v.dtype) for y in (self.norm_q(q), self.norm_k(k)))
+        q, k = (apply_rope(y, layout.rope, rotate_interleaved).to(v.dtype) for y in (self.norm_q(q), self.norm_k(k)))
         out = attend(q, k, v, layout, cache, self.layer)
         return self.proj_out(out.transpose(1, 2).flatten(2))
 
@@ -133,21 +135,24 @@ class DiTBlock(nn.Module):
     def modulation(self, e):  # (..., C) -> (..., 6C)
         return torch.cat([layer(e) for layer in self.ada.values()], dim=-1)
 
-    def forward(self, x, modulation, choice, layout, cache=None):
-        """x (B, L, C); modulation and choice as in `pick`, six tensors."""
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = pick(modulation, choice)
+    def forward(self, x, modulation, time_index, layout, cache=None):
+        """x (B, L, C); modulation (B or 1, T, 6, C); time_index as in `DiT.forward`."""
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = at_positions(modulation, time_index)
         x = x + gate_msa * self.msa(modulate(self.norm(x), shift_msa, scale_msa), layout, cache)
         return x + gate_mlp * self.mlp(modulate(self.norm(x), shift_mlp, scale_mlp))
 
 
-def pick(modulation, choice):
-    """The modulation of every position, k tensors (B or 1, L or 1, C), from that of T times (B or 1, T, k, C).
-
-    choice (B or 1, L, T): one-hot, the time of each position; None: the first, for all.  A product with one-hot rows
-    has a product as its backward, which an index has not."""
-    if choice is None:
+def at_positions(modulation, time_index):
+    """The modulation of every position, k tensors (B or 1, L or 1, C), from that of T times (B or 1, T, k, C)."""
+    if time_index is None:
         return modulation[:, :1].unbind(2)
-    return (choice @ modulation.flatten(2)).unflatten(-1, modulation.shape[2:]).unbind(2)
+    # A product with one-hot rows: its backward is a product, too, where that of an index would add row by row.
+    return (one_hot(time_index, modulation) @ modulation.flatten(2)).unflatten(-1, modulation.shape[2:]).unbind(2)
+
+
+def one_hot(time_index, times):
+    """(B or 1, L) -> (B or 1, L, T), in the type of times (B or 1, T, ...)."""
+    return (time_index[..., None] == torch.arange(times.shape[1], device=times.device)).to(times.dtype)
 
 
 def modulate(x, shift, scale):
@@ -215,6 +220,13 @@ class Codebook(nn.Module):
         self.variance.copy_(variance + (mu - self.codes[nearest]).square().mean())
 
 
+class Times(NamedTuple):
+    """The T times that occur in a row, with all that the network has to know of them."""
+
+    t: torch.Tensor  # (B or 1, T), in [0, 1]
+    modulation: torch.Tensor  # (B or 1, T, 6 n_layer + 2, C): six vectors for every block, two for the output
+
+
 class DiT(nn.Module):
     """v = DiT(z_t, t), the velocity dz/dt of the probability flow."""
 
@@ -253,54 +265,47 @@ class DiT(nn.Module):
         parts = [part for block in self.blocks for part in (block.msa, block.mlp)]
         return [p for part in parts for p in part.parameters() if p.dim() == 2]
 
-    def modulation(self, t):
-        """All that the network needs to know of times t (...) in [0, 1]: six vectors for every block and two for the
-        output, (..., 6 n_layer + 2, C).  It depends on nothing else, so a sampler computes it once per run."""
-        e = self.emb_in(t)
+    def times(self, t):
+        """The Times of t (B or 1, T).  They depend on nothing else, so a sampler computes them once per run."""
+        e = self.emb_in(t)  # (B or 1, T, C)
         parts = [block.modulation(e) for block in self.blocks] + [self.txt_out_ada.out_in(e)]
-        return torch.cat(parts, dim=-1).unflatten(-1, (-1, self.config.dim))
+        return Times(t, torch.cat(parts, dim=-1).unflatten(-1, (-1, self.config.dim)))
 
     def layout(self, n, device, cache=None, copies=1):
         """The Layout of n latents behind the histories in `cache`, see `transformer.make_layout`."""
         return make_layout(n, self.config.block_size, self.rope, device, cache, copies)
 
     def rope(self, pos):
-        return pairs_table(pos, self.config, self.txt_in.proj.weight.device)
+        return rope_table(pos, self.config, self.txt_in.proj.weight.device)
 
-    def forward(self, z, t, time_index=None, modulation=None, layout=None, cache=None, with_codes=False):
+    def forward(self, z, t, time_index=None, layout=None, cache=None, with_codes=False):
         """Velocity of every latent.
 
         z (B, n, d).
-        t (B or 1, T), in [0, 1]: the times that occur in a row; (B,) or (1,) if there is but one.
+        t: the times that occur in a row, (B or 1, T) in [0, 1], or (B,) or (1,) if there is but one; or their Times.
         time_index (B or 1, n), 0 .. T-1: which of them each latent has; None: all have the first.
-        modulation: what `modulation` returned for t (as (B or 1, T)), to use it again.
         layout: a Layout made before, to use it again, or if the latents are not one plain sequence (training).
         cache: the history; z continues it.  Rows beyond those of the cache have no history.
         Returns v (B, n, d) in fp32; with_codes: and the logarithms of the codes' weights, (B, n, n_codes).
         """
-        t = t.view(len(t), -1)
         if layout is None:
             layout = self.layout(z.shape[1], z.device, cache, 1 if cache is None else len(z) // cache.batch_size)
-
-        if modulation is None:
-            modulation = self.modulation(t)  # (B or 1, T, 6 n_layer + 2, C)
-        choice = None
-        if time_index is not None:
-            choice = F.one_hot(time_index, modulation.shape[1]).to(modulation.dtype)  # (B or 1, n, T)
+        t, modulation = t if isinstance(t, Times) else self.times(t.view(len(t), -1))
 
         x = self.txt_in.proj(z.to(self.txt_in.proj.weight.dtype))  # (B, n, C)
         for i, block in enumerate(self.blocks):
-            x = run_block(block, self.checkpointing, x, modulation[:, :, 6 * i : 6 * i + 6], choice, layout, cache)
-        shift, scale = pick(modulation[:, :, -2:], choice)
+            x = run_block(block, self.checkpointing, x, modulation[:, :, 6 * i : 6 * i + 6], time_index, layout, cache)
+        shift, scale = at_positions(modulation[:, :, -2:], time_index)
         x = modulate(self.txt_out_norm(x), shift, scale)
         v = self.txt_out.proj(x).float()
         if self.codebook is None:
             return v
-        t = t[:, :1, None] if choice is None else (choice * t[:, None].float()).sum(-1, keepdim=True)
-        mixture, log_w = self.codebook(x, z, t)  # t (B or 1, n or 1, 1): a product would round it under autocast
+        # The time of every position, (B or 1, n or 1, 1); not as a product, which autocast would round.
+        t = t[:, :1, None] if time_index is None else (one_hot(time_index, t) * t[:, None]).sum(-1, keepdim=True)
+        mixture, log_w = self.codebook(x, z, t)
         return (v + mixture, log_w) if with_codes else v + mixture
 
-    def new_cache(self, batch_size, max_len, static=False):
+    def new_cache(self, batch_size, max_len):
         """A cache for `forward` that holds max_len latents a row."""
         c, weight = self.config, self.txt_in.proj.weight
-        return KVCache(c.n_layer, batch_size, c.n_head, max_len, c.head_dim, weight.device, weight.dtype, static)
+        return KVCache(c.n_layer, batch_size, c.n_head, max_len, c.head_dim, weight.device, weight.dtype)

@@ -1,4 +1,4 @@
-"""Flow matching in latent space: the stage-2 loss, guidance, the ODE solvers and the likelihood.
+"""Flow matching in latent space: the stage-2 loss, guidance and the ODE solvers.
 
 Data sit at t = 0 and noise at t = 1 (several other libraries have it the other way round):
 
@@ -7,7 +7,7 @@ Data sit at t = 0 and noise at t = 1 (several other libraries have it the other 
 so generation integrates the velocity from t = 1 down to t = 0 (Eq. 2.1.2).
 """
 
-import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -56,8 +56,8 @@ def velocity_error(dit, z0, z1, t, is_clean=None, code_weight=0.0):
     if is_clean is not None:
         zt = torch.where(is_clean[..., None], clean, zt)
     if code_weight == 0:
-        return (layout_velocity(dit, clean, zt, t, is_clean) - (z1 - clean)).square().mean(-1)
-    v, log_w = layout_velocity(dit, clean, zt, t, is_clean, with_codes=True)
+        return (velocity_of_all_blocks(dit, clean, zt, t, is_clean) - (z1 - clean)).square().mean(-1)
+    v, log_w = velocity_of_all_blocks(dit, clean, zt, t, is_clean, with_codes=True)
     log_w = log_w.gather(-1, dit.codebook.nearest(clean)[..., None])[..., 0]  # (B, n)
     return (v - (z1 - clean)).square().mean(-1) - code_weight * log_w
 
@@ -67,7 +67,7 @@ def clean_length(n, block_size):
     return (n - 1) // block_size * block_size
 
 
-def layout_velocity(dit, clean, zt, t, is_clean=None, layout=None, **options):
+def velocity_of_all_blocks(dit, clean, zt, t, is_clean=None, layout=None, **options):
     """The velocity of all blocks of a sequence in one pass, each with its own clean history.  (B, n, d)
 
     clean (B, n, d): the finished latents; zt (B, n, d): every block on its way; t (B or 1,); is_clean: bool (B, n),
@@ -107,61 +107,20 @@ def guide(v_cond, v_uncond, cfg_scale):
     return v_uncond + cfg_scale * (v_cond - v_uncond)
 
 
-def solve(velocity, z, times, solver="euler"):
-    """Integrate dz/dt = velocity(z, i) along `times`, down or up; i is the index of the time in `times`.
+SOLVERS = ("euler", "heun")
+
+
+def solve(velocity, z, times, solver="euler", watch=None):
+    """Integrate dz/dt = velocity(z, t) along `times`, a list of numbers, down or up.
 
     z any shape.  `euler`: one evaluation a step.  `heun`: two, the mean of the slopes at both ends of the step
-    (the last step of a run to t = 0 evaluates at 0 as well)."""
-    for i in range(len(times) - 1):
-        dt = times[i + 1] - times[i]
-        v = velocity(z, i)
+    (the last step of a run to t = 0 evaluates at 0 as well).  watch(z, t): called after every step."""
+    for t, following in pairwise(times):
+        dt = following - t
+        v = velocity(z, t)
         if solver == "heun":
-            v = (v + velocity(z + dt * v, i + 1)) / 2
+            v = (v + velocity(z + dt * v, following)) / 2
         z = z + dt * v
+        if watch is not None:
+            watch(z, following)
     return z
-
-
-def log_prob(dit, clean, zt=None, start=0.0, steps=128, probe=None):
-    """log p(zt | clean history) of every block at the time `start`, in nats, (B, n_blocks); no gradient.
-
-    clean (B, n, d): the finished latents; zt (B, n, d): those whose density is asked for, default the finished ones.
-    Along the flow, d log p(z_t) / dt = -div v (the instantaneous change of variables, arXiv:1806.07366), so if zt comes
-    from the noise z1,
-
-        log p(zt) = log N(z1; 0, I) + integral from start to 1 of div v dt.
-
-    All blocks are solved at once, with `steps` steps of Heun's method, shortest near `start`, where densities of data
-    are narrow.  probe (B, n, d) of random signs e: Hutchinson's unbiased estimate e^T J e of the divergence, with the
-    same e all along the way.  None: the exact divergence, which costs block_size * d times as much.
-    Raises ValueError for steps below 1 or a start outside [0, 1)."""
-    if steps < 1 or not 0 <= start < 1:
-        raise ValueError(f"{steps} steps from time {start}: there must be at least 1, from a time in [0, 1)")
-    block_size = dit.config.block_size
-    B, n, d = clean.shape
-    times = start + (1 - start) * torch.linspace(0, 1, steps + 1, device=clean.device) ** 2
-    if probe is None:
-        place = torch.arange(n, device=clean.device)[:, None] % block_size * d + torch.arange(d, device=clean.device)
-        probes = [(place == k).float().expand(B, n, d) for k in range(block_size * d)]  # one channel of every block
-    else:
-        probes = [probe]
-
-    # Without FlexAttention, which would be compiled anew for every length and cannot be differentiated twice.
-    layout = training_layout(n, block_size, dit.rope, clean.device, flex=False)
-
-    def velocity(state, i):  # state (B, n, d + 1): the latents and, in the last channel, the integral so far
-        with torch.enable_grad():
-            z = state[..., :d].detach().requires_grad_()
-            v = layout_velocity(dit, clean, z, times[i : i + 1], layout=layout)
-            # A block depends on no other noisy block: the Jacobian of all is made of each block's own.
-            products = ((e, torch.autograd.grad(v, z, e, retain_graph=e is not probes[-1])[0]) for e in probes)
-            div = sum((e * product).sum(-1) for e, product in products)  # (B, n)
-        return torch.cat([v.detach(), div[..., None]], dim=-1)
-
-    state = solve(velocity, F.pad(clean if zt is None else zt, (0, 1)), times, "heun")
-    z1, integral = state[..., :d], state[..., d]
-    return block_sum(integral - 0.5 * (z1.square() + math.log(2 * math.pi)).sum(-1), block_size)
-
-
-def block_sum(x, block_size):
-    """Sums over the latents of each block: (B, n) -> (B, n_blocks)."""
-    return F.pad(x, (0, -x.shape[1] % block_size)).unflatten(1, (-1, block_size)).sum(-1)

@@ -11,8 +11,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from cola import ColaDLM
-from common import DTYPES, SamplingOptions, option, parse_options, pick_device, run_script, weights_dtype
+from cola import ColaDLM, SamplingOptions
+from common import DTYPES, option, parse_options, pick_device, run_script, weights_dtype
 from data import END_OF_TEXT
 from processes import collect, join_processes, n_processes, rank
 
@@ -38,7 +38,9 @@ def main():
         print(f"model: {folder}", file=sys.stderr)
     model = ColaDLM.from_pretrained(folder, device, weights_dtype(o.dtype, device), with_tokenizer=True)
     if o.compile:
-        model.compile_sampler()
+        from extras.compiled import CompiledColaDLM
+
+        model = CompiledColaDLM(model)
     settings = o.settings() | dict(eos_id=model.tokenizer.eot_token if o.stop_at_eos else None)
     prompts = [prompt for prompt in o.prompt for _ in range(o.num_samples)]
     after = [prompt or END_OF_TEXT for prompt in prompts]  # after the end of a document begins a new one

@@ -14,17 +14,16 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-import budget
 import common
 import data
 import processes
-from checkpoint import find_tokenizer, load_vae, load_vae_config, save_dit, save_vae
 from common import option
 from dit import DiT, DiTConfig
 from flow import flow_matching_loss, sample_times, simulated_prompts
-from run import Run
+from released_format import find_tokenizer, load_vae, save_dit, save_vae
+from resume import Run
 from transformer import compile_blocks
-from vae import VAEConfig, masked_view_loss, reconstruction_loss
+from vae import masked_view_loss, reconstruction_loss
 
 
 @dataclass
@@ -33,7 +32,7 @@ class Options(common.TrainingOptions):  # which adds seed, device, resume and th
     vae: str = option("runs/vae", "folder of the stage-1 run, or of a released model")
     data: tuple = option((), "as in train_vae.py, tokenized as the VAE was; nothing: the text of the VAE's own run")
     # model; the latent size and the block size are the VAE's
-    preset: str = option("small", "small; plain: without codes; 2b: the paper's sizes", choices=("small", "plain", "2b"))
+    preset: str = option("small", "small; plain: without codes; 2b: the paper's", choices=("small", "plain", "2b"))
     dim: int = option(192, "width", low=1)
     n_head: int = option(2, "attention heads", low=1)
     head_dim: int = option(96, "channels of a head", low=2)
@@ -56,7 +55,7 @@ class Options(common.TrainingOptions):  # which adds seed, device, resume and th
     decoder_noise: float = option(0.5, "joint: the decoder learns from latents noised up to this", low=0.0, high=1.0)
     vae_lr_ratio: float = option(1.0, "joint: learning rate of the VAE over that of the prior", low=0.0)
     # optimization
-    steps: int = option(700, "training steps", low=1)
+    steps: int = option(1000, "training steps", low=1)
     batch_size: int = option(32, "sequences per step", low=1)
     seq_len: int = option(32, "tokens per sequence", low=1)
     lr: float = option(8e-3, "peak learning rate", low=0.0)
@@ -158,10 +157,6 @@ def fit_codes(codebook, vae, tokens, seq_len, device):
 
 def main():
     options, given = common.parse_options(Options, __doc__, PRESETS)
-    if options.dry_run:
-        released = options.preset == "2b" and "vae" not in given
-        vae_config = VAEConfig() if released else load_vae_config(options.vae)
-        return budget.report(options, vae_config, config_of(options, vae_config))
     run = Run(options, given)
     o, device = run.options, processes.join_processes(common.pick_device(options.device))
     amp = common.autocast(device, o.precision)

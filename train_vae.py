@@ -11,13 +11,12 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn as nn
 
-import budget
 import common
 import data
 import processes
-from checkpoint import find_tokenizer, save_vae
 from common import option
-from run import Run
+from released_format import find_tokenizer, save_vae
+from resume import Run
 from transformer import compile_blocks
 from vae import TextVAE, VAEConfig, masked_view_loss, reconstruction_loss, token_accuracy
 
@@ -25,7 +24,7 @@ from vae import TextVAE, VAEConfig, masked_view_loss, reconstruction_loss, token
 @dataclass
 class Options(common.TrainingOptions):  # which adds seed, device, resume and the like
     # data
-    data: tuple = option(("names",), "text files, folders, .jsonl, what data.py made, or names, pydoc or summaries")
+    data: tuple = option(("names",), "text files, folders, .jsonl, or what data.py made; names: of Unicode characters")
     tokenizer: str = option("bpe", "bpe (trained on the text), a tokenizer.json, or a tiktoken name (cl100k_base)")
     vocab_size: int = option(512, "size of a trained vocabulary", low=258)
     # model
@@ -88,14 +87,12 @@ class VAEObjective(nn.Module):
 
 
 def config_of(o):
-    """The VAE's configuration; its vocab_size is a wish until there is a tokenizer."""
+    """The VAE's configuration; a small text may end up with fewer tokens than the vocab_size asked for."""
     return VAEConfig(**{name: value for name, value in asdict(o).items() if name in VAEConfig.__dataclass_fields__})
 
 
 def main():
     options, given = common.parse_options(Options, __doc__, PRESETS)
-    if options.dry_run:
-        return budget.report(options, config_of(options))
     run = Run(options, given)
     o, device = run.options, processes.join_processes(common.pick_device(options.device))
     amp = common.autocast(device, o.precision)

@@ -52,58 +52,36 @@ def flex_mask(block, noisy, device):
     return create_block_mask(visible, None, None, n, n, device)
 
 
-STATIC_LEN = 256  # positions; lengths of a static cache are multiples of it
-
-
 class KVCache:
     """Rotated keys and values of the history, allocated once for `max_len` positions a row.
 
     Rows may have histories of different lengths (`length`, kept on the CPU so that asking never waits for the GPU).
     A forward pass writes its own keys and values behind the history of each row; they are scratch, overwritten by the
     next pass, until `commit` makes them part of the history.  That is how the steps of an ODE solver reuse one cache.
-
-    static: attention reads a multiple of STATIC_LEN positions, masked, so that most blocks have the same shapes, as a
-    compiled graph needs.  Otherwise it reads those in use.
     """
 
-    def __init__(self, n_layer, batch_size, n_head, max_len, head_dim, device=None, dtype=None, static=False):
-        max_len = -(-max_len // STATIC_LEN) * STATIC_LEN if static else max_len
+    def __init__(self, n_layer, batch_size, n_head, max_len, head_dim, device=None, dtype=None):
+        shape = (batch_size, n_head, max_len, head_dim)
+        self.k, self.v = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(n_layer)] for _ in range(2))
+        self.length = torch.zeros(batch_size, dtype=torch.long)
+        self.max_len = max_len
 
-        def empty():  # a tensor for each layer: a graph compiled for one for all would copy it to write to a layer
-            shape = (batch_size, n_head, max_len, head_dim)
-            return [torch.zeros(shape, device=device, dtype=dtype) for _ in range(n_layer)]
+    @property
+    def masked(self):
+        """Whether a mask has to hide what stands behind the end of a row: histories differ in length."""
+        return bool((self.length != self.length[0]).any())
 
-        self.memory = empty(), empty()
-        self.max_len, self.static = max_len, static  # in positions
-        self.rewind()
-
-    def rewind(self):
-        """No row has a history, and all rows are there."""
-        self.k, self.v = map(list, self.memory)
-        self.length = torch.zeros(len(self.k[0]), dtype=torch.long)
-        self.pin()
-
-    def clear(self):
-        """Forget everything; returns itself."""
-        for tensor in self.memory[0] + self.memory[1]:
-            tensor.zero_()  # a masked NaN would still be a NaN
-        self.rewind()
-        return self
-
-    def pin(self):
-        """Tell the compiler that a static cache stays in its place, so that a CUDA graph may write to it."""
-        for tensor in self.k + self.v:
-            if self.static and tensor.is_cuda:  # elsewhere it would count as one of the weights
-                torch._dynamo.mark_static_address(tensor)
+    def reach(self, end):
+        """How many positions attention reads if `end` are in use."""
+        return end
 
     @property
     def batch_size(self):
         return len(self.length)
 
     def positions(self, n):
-        """Positions of the next n latents of each row, (B, n), or (1, n) if all histories are equally long."""
-        same = bool((self.length == self.length[0]).all())
-        start = self.length[:1] if same else self.length
+        """Positions of the next n latents of each row, (B, n), or (1, n) if no mask is needed."""
+        start = self.length if self.masked else self.length[:1]
         return start[:, None] + torch.arange(n)
 
     def write(self, layer, layout, k, v):
@@ -125,7 +103,6 @@ class KVCache:
             for layer, tensor in enumerate(tensors):
                 tensors[layer] = tensor[: len(rows)].copy_(tensor[index])
         self.length = self.length[rows]
-        self.pin()
 
     def commit(self, n):
         """The last n positions written (an int, or a CPU tensor (B,) of one n a row) are history from now on."""
@@ -152,11 +129,9 @@ def make_layout(n, block_size, rope, device, cache=None, copies=1, flex=False):
     block, end = pos // block_size, int(pos.max()) + 1
     if cache is not None and end > cache.max_len:
         raise ValueError(f"a cache of {cache.max_len} positions cannot hold position {end - 1}")
-    static = cache is not None and cache.static
-    if static:
-        pos, end = pos.expand(cache.batch_size, -1), -(-end // STATIC_LEN) * STATIC_LEN
-    if static or len(pos) > 1:  # what the cache holds beyond the end of a row is hidden like later blocks
-        mask = block_mask(pos // block_size, torch.arange(end) // block_size)[:, None].to(device)
+    if cache is not None and cache.masked:  # what the cache holds behind the end of a row is hidden like later blocks
+        end = cache.reach(end)
+        mask = block_mask(block, torch.arange(end) // block_size)[:, None].to(device)
         return Layout(rope(pos.repeat(copies, 1)), mask, pos.to(device), end=end)
     if block[0, 0] == block[0, -1]:  # one block, which sees itself and the whole history
         mask = None
@@ -207,13 +182,14 @@ def rope_freqs(dim, theta, device=None):
     return 1.0 / theta ** (torch.arange(0, dim, 2, device=device).float() / dim)
 
 
-def rotate(x, rope, partner):
-    """Rotary embedding: each channel turns with its partner, x cos + partner(x) sin.  x (B, H, L, D)
+def apply_rope(x, rope, rotate):
+    """Rotary embedding: channels turn in pairs, x cos + rotate(x) sin.  x (B, H, L, D)
 
-    rope: cosines and sines (1 or B, 1, L, D), the sines negative for the first of two partners."""
+    rope: cosines and sines (1 or B, 1, L, D).  rotate: swaps the two channels of every pair; the minus sign that one of
+    them gets is in the sines."""
     cos, sin = rope
     x = x.float()
-    return x * cos + partner(x) * sin
+    return x * cos + rotate(x) * sin
 
 
 def run_block(block, checkpointing, *args):

@@ -1,8 +1,8 @@
 """The Text VAE: tokens <-> continuous latents (stage 1 of Cola DLM).
 
 The encoder q_phi(z0 | x) turns every patch of tokens into one diagonal Gaussian; the decoder p_theta(x | z0) reads
-a block of latents and names all its tokens at once.  Tokens are the surface of a text, latents its meaning: whatever
-concerns spelling lives in this file, and the prior (dit.py) never sees a token.
+a block of latents and names all its tokens at once.  Whatever concerns tokens and spelling lives in this file; the
+prior (dit.py) only ever sees latents.
 
 Stage 1 minimises (Eq. 2.2.1)
 
@@ -21,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from transformer import KVCache, attend, check_sizes, make_layout, rope_freqs, rotate, run_block
+from transformer import KVCache, apply_rope, attend, check_sizes, make_layout, rope_freqs, run_block
 
 MAX_LOGITS = 1 << 26  # 256 MB in fp32; those of a long batch over 100,278 tokens would take gigabytes
 
@@ -107,13 +107,13 @@ class Posterior:
         return torch.log((self.mu**2).mean() / torch.exp(self.logvar).mean())
 
 
-def halves(x):
-    """The partners in the VAE (see `transformer.rotate`): channel i and channel i + D/2, as in GPT-NeoX."""
+def rotate_half(x):
+    """The pairs in the VAE (see `transformer.apply_rope`): channel i and channel i + D/2, as in GPT-NeoX."""
     return x.roll(x.shape[-1] // 2, dims=-1)
 
 
-def halves_table(pos, dim, theta, device):
-    """The table of `rotate` for partners as in `halves`: pos (B, L) -> cosines and sines (B, 1, L, dim) in fp32."""
+def rope_table(pos, dim, theta, device):
+    """Cosines and sines for `rotate_half`: pos (B, L) -> (B, 1, L, dim) each, in fp32."""
     angle = pos.to(device)[:, None, :, None].float() * rope_freqs(dim, theta, device)  # (B, 1, L, dim/2)
     return torch.cat([angle, angle], dim=-1).cos(), torch.cat([-angle, angle], dim=-1).sin()
 
@@ -136,7 +136,7 @@ class VAEBlock(nn.Module):
         q, k, v = self.qkv_proj(x).chunk(3, dim=-1)  # 3 x (B, L, C)
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         q, k, v = (y.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for y in (q, k, v))  # (B, H, L, D)
-        q, k = (rotate(y, layout.rope, halves).to(v.dtype) for y in (q, k))
+        q, k = (apply_rope(y, layout.rope, rotate_half).to(v.dtype) for y in (q, k))
         out = attend(q, k, v, layout, cache, self.layer)
         return self.attn_out_proj(out.transpose(1, 2).flatten(2))
 
@@ -213,7 +213,7 @@ class TextVAE(nn.Module):
         flex = self.training and torch.device(device).type == "cuda" and cache is None
 
         def rope(pos):
-            return halves_table(pos, c.dim // c.n_head, c.rope_theta, device)
+            return rope_table(pos, c.dim // c.n_head, c.rope_theta, device)
 
         return make_layout(n, c.block_size, rope, device, cache, flex=flex)
 

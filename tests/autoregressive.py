@@ -1,8 +1,8 @@
 """A yardstick, not a part of the project: an ordinary autoregressive transformer, as large as the default prior,
-trained for so many seconds on the same tokens.  Its samples go to a file for judge.py.
+trained for so many seconds on the same tokens.  Its samples go to a file for measure/judge.py.
 
     python tests/autoregressive.py --seconds 400 --out ar.jsonl
-    python judge.py --texts ar.jsonl
+    python -m measure.judge --texts ar.jsonl
 """
 
 import json
@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 import data
 from common import option
-from judge import text_of
+from measure.judge import text_of
 from transformer import make_layout
-from vae import VAEBlock, VAEConfig, halves_table
+from vae import VAEBlock, VAEConfig, rope_table
 
 
 class Autoregressive(nn.Module):
@@ -41,7 +41,7 @@ class Autoregressive(nn.Module):
         return [p for p in self.blocks.parameters() if p.dim() == 2]
 
     def rope(self, pos):
-        return halves_table(pos, self.head_dim, 10000.0, pos.device)
+        return rope_table(pos, self.head_dim, 10000.0, pos.device)
 
     def forward(self, idx):  # (B, L) -> (B, L, V)
         layout = make_layout(idx.shape[1], 1, self.rope, idx.device)

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -47,8 +48,9 @@ def text(tmp_path_factory):
 
 
 def run(script, arguments, cwd):
-    command = [sys.executable, str(ROOT / script), *arguments.split()]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=100)
+    start = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
+    command, environment = [sys.executable, *start, *arguments.split()], os.environ | dict(PYTHONPATH=str(ROOT))
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=100)
 
 
 def call(main, arguments, monkeypatch, cwd):

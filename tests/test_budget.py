@@ -6,10 +6,7 @@ from conftest import call
 from test_models import small_dit, small_vae
 from torch.utils.flop_counter import FlopCounterMode
 
-import bench
-import budget
-import train_prior
-import train_vae
+from measure import bench, budget
 from vae import VAEConfig
 
 
@@ -36,14 +33,16 @@ def test_parameters_of_the_released_model():
     assert budget.parameters(VAEConfig()) == 501_871_574
 
 
-def test_a_dry_run_allocates_nothing_and_writes_nothing(tmp_path, monkeypatch, capsys):
-    call(train_prior.main, "--preset 2b --dry-run --devices 64 --micro-batch 11 --fsdp", monkeypatch, tmp_path)
+def test_budget_from_the_command_line(tmp_path, monkeypatch, capsys):
+    call(budget.main, "prior --preset 2b --devices 64 --micro-batch 11 --fsdp", monkeypatch, tmp_path)
     lines = capsys.readouterr().out
     assert "2,331,747,302" in lines and "tokens per step        720,896; 5,632" in lines
-    call(train_vae.main, "--dry-run", monkeypatch, tmp_path)
+    call(budget.main, "vae", monkeypatch, tmp_path)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ValueError, match="--batch-size 1408 must be a multiple of --micro-batch 16 times 64 devices"):
-        call(train_prior.main, "--preset 2b --dry-run --devices 64", monkeypatch, tmp_path)
+        call(budget.main, "prior --preset 2b --devices 64", monkeypatch, tmp_path)
+    with pytest.raises(SystemExit):
+        call(budget.main, "", monkeypatch, tmp_path)
 
 
 def test_the_slow_way_gives_the_same_numbers(tmp_path, monkeypatch):

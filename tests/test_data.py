@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import data
+from extras import docstrings
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 30
 ODD = "naïve 数据 🙂 x_1 = 12345\t\r\n  don't  <|endoftext|>\u00a0end "
@@ -118,22 +119,20 @@ def test_docstring_summaries(tmp_path):
     module = '"""A module that\ndoes things.\n\nMore."""\n'
     function, table = 'def f():\n    """f(x) -> y"""\n', 'class C:\n    """Shows:\n    one\n        two."""'
     (tmp_path / "b.py").write_text(module + function + table)
-    texts = list(data.docstrings(tmp_path))
+    texts = list(docstrings.docstrings(tmp_path))
     assert len(texts) == 3
-    assert list(data.summaries(texts)) == ["A module that does things."]
-    assert data.BUILT_IN["summaries"] is data.docstring_summaries
+    assert list(docstrings.summaries(texts)) == ["A module that does things."]
 
 
-@pytest.mark.parametrize("name", ["names", "pydoc"])
-def test_built_in_text_is_split_by_document(tmp_path, name):
-    corpus = prepare([name], 512, tmp_path)
+def test_built_in_text_is_split_by_document(tmp_path):
+    corpus = prepare(["names"], 512, tmp_path)
     texts = [
         {corpus.tokenizer.decode(part.tolist()) for part in np.split(tokens, np.where(tokens == eot)[0] + 1)}
         for tokens, eot in [(corpus.train, corpus.tokenizer.eot_token), (corpus.val, corpus.tokenizer.eot_token)]
     ]
     assert not (texts[0] & texts[1]) - {""}
     assert 0.02 < len(corpus.val) / len(corpus.train) < 0.1
-    everything = set(text for text in data.documents([name]))
+    everything = set(text for text in data.documents(["names"]))
     assert all(text.removesuffix(data.END_OF_TEXT) in everything for text in list(texts[1])[:50] if text)
 
 

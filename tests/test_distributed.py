@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 
 import common
 import data
-import evaluate
-import run
+import resume
 import sample
 import train_prior
 import train_vae
 from cola import ColaDLM
+from measure import evaluate
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems do not fork safely")
 STEPS = "--steps 6 --save-every 3"
@@ -145,7 +145,7 @@ def kill_while_saving(rank):
         os.kill(os.getpid(), signal.SIGKILL)
 
     if rank == 0:  # after the weights have been written
-        run.replacing = stopping(run.replacing, 2, half)
+        resume.replacing = stopping(resume.replacing, 2, half)
 
 
 @pytest.mark.parametrize("fsdp", ["", "--fsdp"])

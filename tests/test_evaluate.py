@@ -9,10 +9,11 @@ from conftest import call
 
 import common
 import data
-import evaluate
 from cola import ColaDLM
-from evaluate import bleu, energy_distance, frechet_distance, jackknife, ngram_matches, rouge_l
-from tasks import TASKS, is_correct, prompt_of
+from measure import evaluate
+from measure.benchmarks import TASKS, is_correct, prompt_of
+from measure.evaluate import bleu, energy_distance, frechet_distance, jackknife, ngram_matches, rouge_l
+from measure.likelihood import conditional_log_prob
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Figures
@@ -224,7 +225,7 @@ def test_ranking_by_likelihood(trained, tmp_path, monkeypatch):
     assert row["generate"] == ["x", "y z"][row["scores"].index(max(row["scores"]))]
     model = ColaDLM.from_pretrained(trained / "runs/cola")
     prompt = row["prompt"]
-    wanted = model.conditional_log_prob([prompt] * 2, [" x", " y z"], steps=2, row_ids=[1, 1])
+    wanted = conditional_log_prob(model, [prompt] * 2, [" x", " y z"], steps=2, row_ids=[1, 1])
     assert row["scores"] == pytest.approx(wanted.tolist(), abs=1e-3)
 
 

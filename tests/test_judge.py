@@ -6,7 +6,7 @@ import random
 import pytest
 
 import data
-from judge import NGramJudge, bits_per_byte, describe, text_of, yardsticks
+from measure.judge import NGramJudge, bits_per_byte, describe, text_of, yardsticks
 
 TEXT = b"the cat sat on the mat\nthe dog sat on the log\n" * 3
 

@@ -10,7 +10,8 @@ from test_models import small_dit, small_vae
 from torch.distributions import MultivariateNormal, Normal
 
 from cola import ColaDLM
-from flow import log_prob
+from measure import likelihood
+from measure.likelihood import flow_log_prob
 from vae import Posterior, VAEConfig
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -65,26 +66,26 @@ def test_density_of_a_gaussian_flow(prior, t):
     clean, zt = torch.randn(3, 6, 2), torch.randn(3, 6, 2)
     zt = clean if t == 0 else zt
     wanted = exact(prior, clean, zt, t)  # (3, 3)
-    found = log_prob(prior, clean, zt, t, steps=64)
+    found = flow_log_prob(prior, clean, zt, t, steps=64)
     torch.testing.assert_close(found, wanted, rtol=2e-3, atol=5e-3)
-    errors = [(log_prob(prior, clean, zt, t, steps=n) - wanted).abs().mean() for n in (8, 16, 32)]
+    errors = [(flow_log_prob(prior, clean, zt, t, steps=n) - wanted).abs().mean() for n in (8, 16, 32)]
     assert errors[0] > 3 * errors[1] > 9 * errors[2]  # second order: a quarter for half the step
 
 
 def test_hutchinson_estimates_the_exact_divergence(prior):
     z = torch.randn(1, 6, 2)
-    wanted = log_prob(prior, z, steps=16)
+    wanted = flow_log_prob(prior, z, steps=16)
     probes = torch.randint(0, 2, (2000, 6, 2)) * 2.0 - 1
-    found = log_prob(prior, z.expand(2000, -1, -1), steps=16, probe=probes)  # (2000, 3)
+    found = flow_log_prob(prior, z.expand(2000, -1, -1), steps=16, probe=probes)  # (2000, 3)
     assert found.std(0).min() > 0.1  # it is an estimate
     assert ((found.mean(0) - wanted[0]).abs() < 4 * found.std(0) / 2000**0.5).all()
 
 
 def test_density_of_a_block_depends_on_earlier_blocks_only():
     dit, z = small_dit(), torch.randn(1, 12, 8)  # blocks of 4
-    before = log_prob(dit, z, steps=4)[0]
+    before = flow_log_prob(dit, z, steps=4)[0]
     z[:, 5] += 1
-    after = log_prob(dit, z, steps=4)[0]
+    after = flow_log_prob(dit, z, steps=4)[0]
     assert before[0] == after[0] and before[1] != after[1] and before[2] != after[2]
 
 
@@ -143,8 +144,8 @@ def test_true_posterior_gives_the_marginal_likelihood():
     model = linear_model()
     wanted = torch.stack([model.vae.log_marginal(row).sum() for row in TEXT])
     for n_samples in (1, 3):
-        torch.testing.assert_close(model.log_prob(TEXT, n_samples), wanted, rtol=0, atol=2e-3)
-    parts = model.conditional_log_prob([[1, 5], []], [[9, 4], [2, 3]])
+        torch.testing.assert_close(likelihood.log_prob(model, TEXT, n_samples), wanted, rtol=0, atol=2e-3)
+    parts = likelihood.conditional_log_prob(model, [[1, 5], []], [[9, 4], [2, 3]])
     wanted = torch.stack([model.vae.log_marginal(row).sum() for row in ([9, 4], [2, 3])])
     torch.testing.assert_close(parts, wanted, rtol=0, atol=2e-3)
 
@@ -153,7 +154,8 @@ def test_true_posterior_gives_the_marginal_likelihood():
 def test_elbo_and_iwae_of_a_wrong_posterior(read_time):
     """ELBO = log p(x) - KL(q || p(z | x)) exactly, and the IWAE lies between it and log p(x)."""
     model, x, n = linear_model(excess=0.5), 7, 4000
-    log_w = model.log_weights([[x]] * n, read_time=read_time).total[0]  # as many rows as samples: one solve for all
+    # As many rows as samples: one solve for all.
+    log_w = likelihood.log_weights(model, [[x]] * n, read_time=read_time).total[0]
     var = (1 - read_time) ** 2 + read_time**2  # of z_t, under the prior
     w, s = model.vae.weight, model.vae.std
     log_p = model.vae.log_marginal(x, var).item()
@@ -177,7 +179,7 @@ def test_probabilities_of_all_texts_sum_to_one():
     dit.txt_out.proj.weight.data *= 0.5
     model, n = ColaDLM(vae, dit), 1500
     texts = [[token] for token in range(5) for _ in range(n)]
-    log_w = model.log_weights(texts, steps=24, exact=True).total[0].view(5, n)
+    log_w = likelihood.log_weights(model, texts, steps=24, exact=True).total[0].view(5, n)
     p = log_w.exp()
     assert abs(p.mean(1).sum().item() - 1) < 4 * (p.var(1).sum() / n).sqrt().item() < 0.2
 
@@ -185,20 +187,20 @@ def test_probabilities_of_all_texts_sum_to_one():
 def test_rows_do_not_depend_on_the_batch_and_prefixes_share_their_noise():
     model = ColaDLM(small_vae(), small_dit())
     texts = [[1, 2, 3, 4, 5], [6] * 12, [7, 8]]
-    together = model.log_weights(texts, n_samples=2, steps=4)
+    together = likelihood.log_weights(model, texts, n_samples=2, steps=4)
     for i, text in enumerate(texts):
-        alone = model.log_weights([text], n_samples=2, steps=4, row_ids=[i])
+        alone = likelihood.log_weights(model, [text], n_samples=2, steps=4, row_ids=[i])
         for a, b in zip(alone, together, strict=True):
             torch.testing.assert_close(a[:, 0], b[:, i], rtol=1e-4, atol=1e-3)
-    assert model.conditional_log_prob(texts, [[], [], []], steps=4).abs().max() < 1e-3
-    assert model.log_prob([[], []], steps=4).tolist() == [0.0, 0.0]
+    assert likelihood.conditional_log_prob(model, texts, [[], [], []], steps=4).abs().max() < 1e-3
+    assert likelihood.log_prob(model, [[], []], steps=4).tolist() == [0.0, 0.0]
 
 
 def test_scaled_latents_have_the_same_likelihood():
     """scaling_factor changes the units in which the prior sees the latents, not what a fitting prior says of them."""
     plain = ColaDLM(small_vae(), small_dit())
     scaled = ColaDLM(small_vae(scaling_factor=2.0, shifting_factor=0.5), small_dit())
-    a, b = (m.log_weights([[1, 2, 3, 4]], steps=8) for m in (plain, scaled))
+    a, b = (likelihood.log_weights(m, [[1, 2, 3, 4]], steps=8) for m in (plain, scaled))
     d, n = 8, 4
     assert abs((a.posterior - b.posterior).item() - n * d * math.log(2.0)) < 1e-3
 
@@ -206,4 +208,4 @@ def test_scaled_latents_have_the_same_likelihood():
 def test_no_likelihood_without_variance():
     model = ColaDLM(small_vae(use_variation=False), small_dit())
     with pytest.raises(ValueError, match="no variance"):
-        model.log_prob([[1, 2]])
+        likelihood.log_prob(model, [[1, 2]])

@@ -7,14 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import checkpoint
+import released_format
 import vae
 from cola import ColaDLM
 from dit import Codebook, DiT, DiTConfig
-from flow import flow_matching_loss, layout_velocity, sample_times, simulated_prompts, solve, training_layout
+from flow import flow_matching_loss, sample_times, simulated_prompts, solve, training_layout, velocity_of_all_blocks
 from train_vae import Options, VAEObjective
 from transformer import Layout, block_mask, compile_blocks, make_layout
-from vae import Posterior, TextVAE, VAEConfig, halves_table, masked_view_loss
+from vae import Posterior, TextVAE, VAEConfig, masked_view_loss, rope_table
 
 BLOCK, d, V = 4, 8, 30
 
@@ -201,7 +201,7 @@ def test_times():
     per_position = dit(z, torch.where(clean, 0.0, t[:, None]), torch.arange(8)[None])
     both = torch.stack([t, torch.zeros(2)], 1)
     torch.testing.assert_close(dit(z, both, clean.long()), per_position)
-    torch.testing.assert_close(dit(z, both, clean.long(), dit.modulation(both)), per_position)
+    torch.testing.assert_close(dit(z, dit.times(both), clean.long()), per_position)
     torch.testing.assert_close(dit(z, both), dit(z, t))
 
 
@@ -223,7 +223,7 @@ def test_flex_attention_is_the_same_computation():
     assert same.mask is layouts[1].mask  # made once per shape
 
     vae, x = small_vae().requires_grad_(False), torch.randn(2, n, 32)
-    rope = functools.partial(halves_table, dim=16, theta=1e4, device="cpu")
+    rope = functools.partial(rope_table, dim=16, theta=1e4, device="cpu")
     layouts = [make_layout(n, BLOCK, rope, "cpu", flex=flex) for flex in (False, True)]
     dense, flex = (vae.transform(x, vae.blocks, layout) for layout in layouts)
     torch.testing.assert_close(flex, dense)
@@ -274,23 +274,23 @@ def test_vae_options_survive_a_round_trip(tmp_path, post_norm, qk_norm, bias, qk
     assert ("encoder.blocks.0.q_norm.weight" in names) == qk_norm
     assert ("encoder.blocks.0.qkv_proj.bias" in names) == qk_bias
     assert ("decoder.final_layer.bias" in names) == bias
-    checkpoint.save_vae(vae, tmp_path)
-    loaded = checkpoint.load_vae(tmp_path)
+    released_format.save_vae(vae, tmp_path)
+    loaded = released_format.load_vae(tmp_path)
     assert loaded.config == vae.config
     torch.testing.assert_close(loaded.decode(loaded.encode(idx).mu), vae.decode(vae.encode(idx).mu))
 
 
 def test_dit_options_survive_a_round_trip(tmp_path):
     dit, z = small_dit(qk_bias=True, norm_eps=1e-3, mlp_ratio=2), torch.randn(1, 8, d)
-    checkpoint.save_dit(dit, tmp_path)
-    torch.testing.assert_close(checkpoint.load_dit(tmp_path)(z, torch.tensor([0.5])), dit(z, torch.tensor([0.5])))
+    released_format.save_dit(dit, tmp_path)
+    torch.testing.assert_close(released_format.load_dit(tmp_path)(z, torch.tensor([0.5])), dit(z, torch.tensor([0.5])))
 
 
 def test_codes_survive_a_round_trip_and_the_released_configuration_has_none(tmp_path):
     dit, z, t = small_dit(n_codes=5), torch.randn(1, 8, d), torch.tensor([0.5])
-    checkpoint.save_dit(dit, tmp_path)
-    torch.testing.assert_close(checkpoint.load_dit(tmp_path)(z, t), dit(z, t))
-    checkpoint.save_dit(small_dit(), tmp_path / "plain")
+    released_format.save_dit(dit, tmp_path)
+    torch.testing.assert_close(released_format.load_dit(tmp_path)(z, t), dit(z, t))
+    released_format.save_dit(small_dit(), tmp_path / "plain")
     texts = [(folder / "cola_dit" / "config.json").read_text() for folder in (tmp_path, tmp_path / "plain")]
     assert ["n_codes" in text for text in texts] == [True, False]
 
@@ -415,8 +415,8 @@ def test_solver_order(solver, order):
     """dz/dt = z from t = 1 to 0 ends at z/e; halving the step divides the error by 2^order."""
     errors = []
     for steps in (16, 32):
-        times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-        z = solve(lambda z, i: z, torch.ones((), dtype=torch.float64), times, solver)
+        times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
+        z = solve(lambda z, t: z, torch.ones((), dtype=torch.float64), times, solver)
         errors.append(abs(z.item() - torch.e**-1))
     assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.1)
 
@@ -424,10 +424,9 @@ def test_solver_order(solver, order):
 def test_gaussian_data_are_generated_exactly():
     """For z0 ~ N(m, s^2) the optimal velocity is known; the solver must carry N(0, 1) to N(m, s^2)."""
     m, s = 3.0, 0.5
-    times = torch.linspace(1, 0, 201)
+    times = torch.linspace(1, 0, 201).tolist()
 
-    def velocity(z, i):  # E[z1 - z0 | z_t = z]
-        t = times[i]
+    def velocity(z, t):  # E[z1 - z0 | z_t = z]
         variance = (1 - t) ** 2 * s**2 + t**2
         return -m + (t - (1 - t) * s**2) / variance * (z - (1 - t) * m)
 
@@ -503,7 +502,7 @@ def test_a_prior_with_codes_starts_at_the_marginal():
 
 def test_the_loss_of_codes_is_a_cross_entropy():
     dit, z0, z1, t = small_dit(n_codes=5), torch.randn(2, 8, d), torch.randn(2, 8, d), torch.tensor([0.3, 0.8])
-    v, log_w = layout_velocity(dit, z0, torch.lerp(z0, z1, t[:, None, None]), t, with_codes=True)
+    v, log_w = velocity_of_all_blocks(dit, z0, torch.lerp(z0, z1, t[:, None, None]), t, with_codes=True)
     target = torch.cdist(z0, dit.codebook.codes[None]).argmin(-1)
     nats = F.cross_entropy(log_w.flatten(0, 1), target.flatten())
     plain = flow_matching_loss(dit, z0, z1, t)

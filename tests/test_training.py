@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 
 import common
 import data
-import judge
 import train_prior
 import train_vae
 from cola import ColaDLM
 from dit import DiT, DiTConfig
 from flow import flow_matching_loss, sample_times, simulated_prompts
-from run import Run
+from measure import judge
+from resume import Run
 from train_vae import Options, VAEObjective
 from transformer import compile_blocks
 from vae import TextVAE, VAEConfig, token_accuracy
@@ -197,7 +197,8 @@ def test_options_with_several_values():
     assert options.data == ("a", "b") and given == {"data"}
 
 
-SCRIPTS = ["train_vae.py", "train_prior.py", "sample.py", "data.py", "judge.py", "evaluate.py"]
+SCRIPTS = ["train_vae.py", "train_prior.py", "sample.py", "data.py", "measure.judge", "measure.evaluate"]
+SCRIPTS += ["measure.bench", "extras.docstrings"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -241,13 +242,13 @@ def test_help_lists_every_option_with_its_default(script, tmp_path):
         ("sample.py", "--model nowhere", "nowhere/cola_vae/config.json does not exist"),
         ("sample.py", "--model {trained}/runs/cola --top-p 2", "--top-p 2.0 is out of range"),
         ("sample.py", "--model {trained}/runs/cola --max-new-tokens 1000000000000", "not enough memory"),
-        ("sample.py", "--model {trained}/runs/cola --cfg-scale 1e300", "cfg_scale 1e+300 is out of range"),
+        ("sample.py", "--model {trained}/runs/cola --cfg-scale 1e300", "--cfg-scale 1e+300 is out of range"),
         ("sample.py", "--model {trained}/runs/cola --device hpu", "only cpu, cuda and mps"),
         ("sample.py", "--solver rk4", "invalid choice: 'rk4'"),
-        ("judge.py", "--model nowhere --data {trained}/runs/vae/data", "nowhere/cola_vae/config.json does not exist"),
-        ("judge.py", "--data nowhere", "nowhere/tokenizer.json does not exist"),
-        ("judge.py", "--model {trained}/runs/cola --data {text}/tokens", "the text was tokenized differently"),
-        ("judge.py", "--data {trained}/runs/vae/data --texts {text}/empty.txt", "empty.txt holds no text"),
+        ("measure.judge", "--model nowhere --data {trained}/runs/vae/data", "nowhere/cola_vae/config.json does not"),
+        ("measure.judge", "--data nowhere", "nowhere/tokenizer.json does not exist"),
+        ("measure.judge", "--model {trained}/runs/cola --data {text}/tokens", "the text was tokenized differently"),
+        ("measure.judge", "--data {trained}/runs/vae/data --texts {text}/empty.txt", "empty.txt holds no text"),
         ("data.py", "--data {text}/none", "none does not exist"),
         ("data.py", "--out {text}/tokens", "already holds files"),
         ("data.py", "--tokenizer nonsense", "nonsense is neither a tokenizer.json nor one of"),

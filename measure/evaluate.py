@@ -1,9 +1,9 @@
 """Where does a model stand?  The three diagnostics of Cola DLM, its likelihood, and the paper's eight benchmarks.
 
-    python evaluate.py                                            # diagnostics of runs/cola on its held-out text
-    python evaluate.py --model released --tasks lambada,mmlu --task-data benchmarks/     # benchmarks; see tasks.py
-    python evaluate.py --score lambada.jsonl mmlu.jsonl           # score generations that exist already
-    torchrun --nproc_per_node=8 evaluate.py                       # on 8 devices, and so with --tasks
+    python -m measure.evaluate                                            # diagnostics of runs/cola
+    python -m measure.evaluate --model released --tasks lambada,mmlu      # benchmarks; see benchmarks.py
+    python -m measure.evaluate --score lambada.jsonl mmlu.jsonl           # score generations that exist already
+    torchrun --nproc_per_node=8 -m measure.evaluate                       # on 8 devices, and so with --tasks
 
 Each diagnostic asks after one part.  Reconstruction: does the decoder recover the text from the latents?  Compression:
 how much do the latents hold?  Prior fit: does the prior match the latents?  Last comes what they make together, the
@@ -23,13 +23,9 @@ import torch
 from tqdm import tqdm
 
 import data
-import judge
-import tasks
-from checkpoint import weight_files
-from cola import ColaDLM, LogWeights
+from cola import ColaDLM, SamplingOptions
 from common import (
     DTYPES,
-    SamplingOptions,
     check_new,
     flag,
     option,
@@ -39,8 +35,12 @@ from common import (
     run_script,
     weights_dtype,
 )
-from flow import layout_velocity, solve, velocity_error
+from extras.compiled import CompiledColaDLM
+from flow import solve, velocity_error, velocity_of_all_blocks
+from measure import benchmarks, judge
+from measure.likelihood import LogWeights, log_weights
 from processes import collect, first_process_first, join_processes, n_processes, rank
+from released_format import weight_files
 from vae import Posterior
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -325,7 +325,7 @@ def likelihood(report, model, idx, o):
         options = dict(n_samples=o.samples, steps=o.ode_steps, read_time=read_time, exact=o.exact, seed=o.seed)
         batches = range(0, N, 8)[rank() :: n_processes()]
         weights = [
-            torch.stack(model.log_weights(ids[i : i + 8], row_ids=range(i, min(i + 8, N)), **options)).cpu()
+            torch.stack(log_weights(model, ids[i : i + 8], row_ids=range(i, min(i + 8, N)), **options)).cpu()
             for i in tqdm(batches, desc=f"likelihood at t = {read_time}", leave=False, disable=rank() > 0)
         ]
         terms = LogWeights(*torch.cat(collect(weights), dim=-1).double())  # (K, N) each
@@ -385,11 +385,11 @@ def plot(folder, sections, model, idx, seed):
     flat = z0.flatten(0, 1)
     center = flat.mean(0)
     axes = torch.linalg.svd(flat - center, full_matrices=False).Vh[:2].T  # (d, 2)
-    times, path = torch.linspace(1, 0, 33, device=z0.device), []
+    times, path = torch.linspace(1, 0, 33).tolist(), []
 
-    def velocity(z, i):
+    def velocity(z, t):
         path.append(z[0])
-        return layout_velocity(model.dit, z0[:1], z, times[i : i + 1])
+        return velocity_of_all_blocks(model.dit, z0[:1], z, torch.tensor([t], device=z.device))
 
     path.append(solve(velocity, noise_like(z0[:1], seed + 1), times)[0])
     plt.scatter(*((flat - center) @ axes).T.cpu(), s=2, alpha=0.3, label="encoded latents")
@@ -426,13 +426,13 @@ class Options(SamplingOptions):
     samples: int = option(2, "likelihood: draws from the posterior", low=1)
     ode_steps: int = option(128, "likelihood: steps of the ODE solver", low=1)
     exact: bool = option(False, "likelihood: exact divergence, d * block_size times as long; then IWAE is a bound")
-    read_times: tuple = option((0.0, 0.4), "likelihood: when the decoder reads (cola.log_weights)", low=0.0, high=0.99)
+    read_times: tuple = option((0.0, 0.4), "likelihood: when the decoder reads (see `log_weights`)", low=0.0, high=0.99)
     plot: bool = option(False, "write figures as PNG; needs matplotlib")
     # benchmarks
-    tasks: str = option("", f"benchmarks instead: {','.join(tasks.TASKS)}, or all; with --score, the task of the files")
+    tasks: str = option("", f"benchmarks: {','.join(benchmarks.TASKS)}, or all; with --score, the task of the files")
     task_data: str = option("benchmarks", "folder of task.jsonl files")
     rank: bool = option(False, "choose the likeliest of the choices instead of generating")
-    rank_time: float = option(0.0, "with --rank: when the decoder reads (cola.log_weights)", low=0.0, high=0.99)
+    rank_time: float = option(0.0, "with --rank: when the decoder reads (likelihood.log_weights)", low=0.0, high=0.99)
     dtype: str = option("auto", "benchmarks: of the weights; auto: bf16 on CUDA, else fp32", choices=DTYPES)
     compile: bool = option(False, "benchmarks: compile a step of the solver, as in sample.py")
     limit: int = option(0, "only so many lines of each task; 0: all", low=0)
@@ -443,7 +443,7 @@ class Options(SamplingOptions):
 def main():
     o, given = parse_options(Options, __doc__)
     if o.score:
-        return tasks.score_files(o.score, o.tasks, Path(o.out) if o.out else None)
+        return benchmarks.score_files(o.score, o.tasks, Path(o.out) if o.out else None)
     o.out = o.out or ("runs/benchmarks" if o.tasks else "runs/evaluation")
     useless = given & set(DIAGNOSTICS_ONLY if o.tasks else BENCHMARKS_ONLY)
     if o.tasks and not o.rank:
@@ -457,12 +457,12 @@ def main():
         raise ValueError("--plot needs matplotlib: pip install matplotlib")
     device = join_processes(pick_device(o.device))
     if o.tasks:
-        jobs = tasks.open_tasks(o.tasks, o.task_data, o.limit, o.rank)  # before the model, which takes longer to load
+        jobs = benchmarks.open_tasks(o.tasks, o.task_data, o.limit, o.rank)  # the model takes longer to load
     dtype = weights_dtype(o.dtype, device) if o.tasks else torch.float32
     model = ColaDLM.from_pretrained(o.model, device, dtype, with_tokenizer=True).requires_grad_(False)
     if o.tasks:
         if o.compile:
-            model.compile_sampler()
+            model = CompiledColaDLM(model)
         return run_tasks(model, jobs, o, given)
 
     corpus = data.open_tokens(o.data)
@@ -511,7 +511,7 @@ def run_tasks(model, jobs, o, given):
         elif json.loads(file.read_text()) != about:
             raise ValueError(f"{o.out} holds results of another model or with other options: choose another --out")
     eos_id = model.tokenizer.eot_token
-    tasks.run(model, jobs, Path(o.out), settings | dict(eos_id=eos_id), o.batch_size, ranking)
+    benchmarks.run(model, jobs, Path(o.out), settings | dict(eos_id=eos_id), o.batch_size, ranking)
 
 
 if __name__ == "__main__":

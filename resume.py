@@ -37,9 +37,9 @@ class Run:
         self.step, self.log, self.options = 0, [], options
         if options.resume:
             saved = self.read()
-            if saved.keys() != asdict(options).keys():
-                raise ValueError(f"{self.folder} holds a run of another script, or of another version of this one")
-            for name in given - set(self.FREE):
+            if unknown := sorted(saved.keys() - asdict(options).keys()):
+                raise ValueError(f"{self.folder} holds a run of another script or version, with {flag(unknown[0])}")
+            for name in (given - set(self.FREE)) & saved.keys():  # an older run may lack an option of today
                 if getattr(options, name) != saved[name]:
                     value = " ".join(saved[name]) if isinstance(saved[name], tuple) else saved[name]
                     raise ValueError(f"{self.folder} goes on with {flag(name)} {value}: resume it without {flag(name)}")

@@ -1,17 +1,17 @@
 """How fast is this, and how close to what the machine allows?
 
-    python bench.py                                  # sizes of the default run, with blocks of 16
-    python bench.py --preset 2b --device cuda
-    python bench.py --compare before.json            # beside a run before a change: ratios of the times
+    python -m measure.bench                          # sizes of the default run, with blocks of 16
+    python -m measure.bench --preset 2b --device cuda
+    python -m measure.bench --compare before.json    # beside a run before a change: ratios of the times
 
-The ceilings are measured first: the rate of large matrix products and the bandwidth of memory.  A training step, with the
-preset's optimizer, is compared with the FLOPs of its products (budget.py) at that rate (MFU); generation with the least time that it
-could take (of_possible), the larger of two: to read all weights but those of the modulation once a step, and the cache;
-and to multiply.
+The ceilings are measured first: the rate of large matrix products and the bandwidth of memory.  A training step, with
+the preset's optimizer, is compared with the FLOPs of its products (budget.py) at that rate (MFU); generation with the
+least time that it could take (of_possible), the larger of two: to read all weights but those of the modulation once a
+step, and the cache; and to multiply.
 
-Beside each stands the slow way of doing the same thing, with the same numbers as a result, up to rounding: all
-sequences of a batch as one long one under a dense mask, plain attention, the modulation computed for every position,
-keys rotated anew in every step, guidance in two passes; and each of these alone.
+Beside each stands the plain way of doing the same thing, tests/reference.py, with the same numbers as a result, up to
+rounding: all sequences of a batch as one long one under a dense mask, plain attention, the modulation computed for
+every position, keys rotated anew in every step, guidance in two passes; and each of these alone.
 """
 
 import json
@@ -26,12 +26,14 @@ from torch.profiler import ProfilerActivity, profile
 import common
 import train_prior
 import train_vae
-from budget import decoder_flops, dit_flops, prior_step_flops, vae_step_flops
-from cola import ColaDLM, block_generators
+from cola import ColaDLM
 from common import option
-from dit import DiT, modulate, pairs
-from flow import clean_length, flow_matching_loss, guide
-from transformer import block_mask, compile_blocks, rotate
+from dit import DiT, rotate_interleaved
+from extras.compiled import CompiledColaDLM
+from flow import flow_matching_loss
+from measure.budget import decoder_flops, dit_flops, prior_step_flops, vae_step_flops
+from tests import reference
+from transformer import apply_rope, compile_blocks
 from vae import TextVAE
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -86,81 +88,6 @@ def ceilings(device, dtype, repeats):
     x = torch.zeros(1 << (30 if device.type == "cuda" else 26), device=device)  # 4 GB or 256 MB
     y = torch.empty_like(x)
     return 2 * n**3 / product, 2 * 4 * len(x) / seconds(lambda: y.copy_(x), device, repeats)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The slow way
-
-
-def slow_velocity(dit, z, t, pos, mask, cache=None, kept=None):
-    """The velocity of latents z (S, d), all rows of a batch in a line, with times t (S,), positions pos (S,) and a
-    dense mask (S, K) over those in `cache` and themselves.  kept: a list that gets keys, not rotated, and values."""
-    e = dit.emb_in(t)  # (S, C)
-    x = dit.txt_in.proj(z.to(dit.txt_in.proj.weight.dtype))
-    for i, block in enumerate(dit.blocks):
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = block.modulation(e).chunk(6, dim=-1)
-        h = modulate(block.norm(x), shift_msa, scale_msa)
-        q, k, v = block.msa.proj_qkv(h).unflatten(-1, (3, -1, block.msa.head_dim)).permute(1, 2, 0, 3)  # 3 x (H, S, D)
-        q, k, k_pos = block.msa.norm_q(q).to(v.dtype), block.msa.norm_k(k).to(v.dtype), pos
-        if kept is not None:
-            kept.append((k, v, pos))
-        if cache:
-            k, v = (torch.cat(pair, dim=1) for pair in zip(cache[i][:2], (k, v), strict=True))
-            k_pos = torch.cat([cache[i][2], pos])
-        q, k = (rotate(y[None], dit.rope(p[None]), pairs)[0].to(v.dtype) for y, p in ((q, pos), (k, k_pos)))
-        scores = (q @ k.transpose(-1, -2) * block.msa.head_dim**-0.5).masked_fill(~mask, float("-inf"))  # (H, S, K)
-        x = x + gate_msa * block.msa.proj_out((scores.softmax(-1) @ v).transpose(0, 1).flatten(1))
-        x = x + gate_mlp * block.mlp(modulate(block.norm(x), shift_mlp, scale_mlp))
-    shift, scale = dit.txt_out_ada.out_in(e).chunk(2, dim=-1)
-    return dit.txt_out.proj(modulate(dit.txt_out_norm(x), shift, scale)).float()
-
-
-def slow_loss(dit, z0, z1, t):
-    """`flow_matching_loss`."""
-    B, n, d = z0.shape
-    n_clean, device = clean_length(n, dit.config.block_size), z0.device
-    row = torch.arange(B, device=device).repeat_interleave(n_clean + n)
-    pos = torch.cat([torch.arange(n_clean), torch.arange(n)]).to(device).repeat(B)
-    noisy = (torch.arange(n_clean + n, device=device) >= n_clean).repeat(B)
-    block = pos // dit.config.block_size
-    mask = block_mask(block, block, noisy, noisy) & (row[:, None] == row)
-    z = torch.cat([z0[:, :n_clean], torch.lerp(z0, z1, t[:, None, None])], dim=1).flatten(0, 1)
-    v = slow_velocity(dit, z, torch.where(noisy, t[row], 0.0), pos, mask)
-    return (v.view(B, n_clean + n, d)[:, n_clean:] - (z1 - z0)).square().mean()
-
-
-def slow_generation(model, B, n_tokens, steps, cfg_scale, seed):
-    """The latents of `ColaDLM.blocks` without prompts, (B, n, d)."""
-    c, device = model.dit.config, model.device
-    block_size, out, cache, history = c.block_size, [], [], 0
-    row = torch.arange(B, device=device).repeat_interleave(block_size)
-    itself, times = row[:, None] == row, torch.linspace(1, 0, steps + 1, device=device)
-    decoder = model.vae.new_cache(B, n_tokens)
-    for b in range(n_tokens // block_size):
-        generators = block_generators(seed, range(B), b)
-        z = torch.cat([torch.randn(block_size, c.latent_dim, generator=g) for g in generators]).to(device)
-        pos = (history + torch.arange(block_size, device=device)).repeat(B)
-        earlier = row.repeat(history // block_size)  # the row of every key in the cache
-        mask = torch.cat([row[:, None] == earlier, itself], dim=1)
-        for i in range(steps):
-            t = times[i].expand(len(z))
-            v = slow_velocity(model.dit, z, t, pos, mask, cache)
-            if history and cfg_scale != 1:
-                v = guide(v, slow_velocity(model.dit, z, t, pos, itself), cfg_scale)
-            z = z - v / steps
-        out.append(z.view(B, block_size, -1))
-        model.vae.decode(out[-1], decoder).argmax(-1)
-        decoder.commit(block_size)
-        kept = []
-        slow_velocity(model.dit, z, torch.zeros_like(pos, dtype=torch.float), pos, mask, cache, kept)
-        cache = [join(*both) for both in zip(cache, kept, strict=True)] if cache else kept
-        history += block_size
-    return torch.cat(out, dim=1)
-
-
-def join(old, new):
-    """Two of (keys (H, K, D), values (H, K, D), positions (K,)) as one."""
-    return tuple(torch.cat([a, b], dim=-1 if a.dim() == 1 else 1) for a, b in zip(old, new, strict=True))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -292,7 +219,7 @@ def training(o, model, device, table, rate):
     if fast and alone:
         table.add(f"stage 2 step, {B} x {L}: {name} alone", ms=1e3 * alone, share_of_step=alone / fast)
     if o.slow:
-        made = stage2(L, B, slow_loss)
+        made = stage2(L, B, reference.flow_matching_loss)
         slow = measure(f"stage 2 step, {B} x {L}, slow way", made, B * L)
         if fast and slow:
             losses = dict(loss=stage2(L, B)[0](), slow_loss=made[0]())
@@ -302,7 +229,8 @@ def training(o, model, device, table, rate):
             measure(f"stage 2 step, {factor * B} x {L}", stage2(L, factor * B), factor * B * L)
             measure(f"stage 2 step, {B} x {factor * L}", stage2(factor * L, B), factor * B * L)
         if o.slow:
-            measure(f"stage 2 step, {2 * B} x {L}, slow way", stage2(L, 2 * B, slow_loss), 2 * B * L)
+            made = stage2(L, 2 * B, reference.flow_matching_loss)
+            measure(f"stage 2 step, {2 * B} x {L}, slow way", made, 2 * B * L)
 
 
 @torch.no_grad()
@@ -310,8 +238,8 @@ def generation(o, model, device, table, rate, bandwidth, label):
     """label: the precision, in the names of the figures."""
     c = model.dit.config
 
-    def run(rows, steps=o.steps, cfg_scale=o.cfg_scale, n=o.new_tokens):
-        options = dict(steps=steps, cfg_scale=cfg_scale, seed=o.seed)
+    def run(rows, steps=o.steps, cfg_scale=o.cfg_scale, n=o.new_tokens, noise=None):
+        options = dict(steps=steps, cfg_scale=cfg_scale, seed=o.seed, noise=noise)
         return torch.cat([block.z for block in model.blocks([[]] * rows, n, **options)], dim=1)
 
     def floor(rows, steps=o.steps, cfg_scale=o.cfg_scale, n=o.new_tokens):
@@ -345,14 +273,16 @@ def generation(o, model, device, table, rate, bandwidth, label):
         if not o.slow or rows > SLOW_ROWS:
             continue
 
+        noise = torch.randn(o.new_tokens // c.block_size, rows, c.block_size, c.latent_dim).to(device)
+
         def slow_run():
-            return slow_generation(model, rows, o.new_tokens, o.steps, o.cfg_scale, o.seed)  # noqa: B023
+            return reference.generate(model, noise.transpose(0, 1).flatten(1, 2), o.steps, o.cfg_scale)[0]  # noqa: B023
 
         name = f"generation, {rows} rows, {label}, slow way"
         if slow := median_time(name, slow_run, device, 1):
             table.add(name, ms=1e3 * slow)
         if fast and slow:
-            values = dict(ratio=slow / fast, difference=(run(rows) - slow_run()).abs().mean().item())
+            values = dict(ratio=slow / fast, difference=(run(rows, noise=noise) - slow_run()).abs().mean().item())
             table.add(f"generation, {rows} rows, {label}: gain over the slow way", **values)
     if o.growth:
         rows = o.rows[0]
@@ -382,9 +312,13 @@ def savings(o, model, device, table, label):
         dit(z[B:], t)
 
     for name, slow, fast in [
-        ("modulation for each time", lambda: dit.modulation(every_t), lambda: dit.modulation(t)),
+        ("modulation for each time", lambda: dit.times(every_t[None]), lambda: dit.times(t[None])),
         ("guidance in one pass", two_passes, lambda: dit(z, t, layout=both, cache=cache)),
-        ("rotated keys in the cache", lambda: rotate(k, of_all, pairs), lambda: rotate(k[:, :, :n], of_block, pairs)),
+        (
+            "rotated keys in the cache",
+            lambda: apply_rope(k, of_all, rotate_interleaved),
+            lambda: apply_rope(k[:, :, :n], of_block, rotate_interleaved),
+        ),
         (
             "attention row by row",
             lambda: (q_line @ k_line.transpose(1, 2) + mask).softmax(-1) @ k_line,
@@ -423,7 +357,7 @@ def main():
         table.add(f"ceiling: products in {label}", TFLOPs_per_s=rate / 1e12, GB_per_s=bandwidth / 1e9)
         model = model.to(dtype)
         if o.compile:
-            model.compile_sampler()
+            model = CompiledColaDLM(model)
         generation(o, model, device, table, rate, bandwidth, label)
         if o.slow:
             savings(o, model, device, table, label)

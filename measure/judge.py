@@ -1,7 +1,7 @@
 """How much does generated text resemble the training text, and how much of it is copied?
 
-    python judge.py                                   # samples of runs/cola against the text of runs/vae
-    python judge.py --texts other.jsonl               # the same for texts from elsewhere
+    python -m measure.judge                           # samples of runs/cola against the text of runs/vae
+    python -m measure.judge --texts other.jsonl       # the same for texts from elsewhere
 
 The judge is an n-gram model of the training text, and its bits per byte are the score.  A score means nothing alone:
 the table has held-out text, the same with its words shuffled, and samples of a bigram and a unigram model of the
@@ -19,8 +19,8 @@ from itertools import pairwise
 import numpy as np
 
 import data
-from cola import ColaDLM
-from common import SamplingOptions, option, parse_options, pick_device, run_script
+from cola import ColaDLM, SamplingOptions
+from common import option, parse_options, pick_device, run_script
 
 JUDGED = 1 << 22  # bytes, and tokens at most, of the training text that judge and yardsticks read
 START = b"\n"  # what stands before a text that begins a document; also what <|endoftext|> becomes

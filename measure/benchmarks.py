@@ -1,7 +1,7 @@
 """The paper's eight benchmarks: prompts, generation and scoring.
 
-    python evaluate.py --model released --tasks all --task-data benchmarks/ --out runs/benchmarks
-    python evaluate.py --score runs/benchmarks/mmlu.jsonl
+    python -m measure.evaluate --model released --tasks all --task-data benchmarks/ --out runs/benchmarks
+    python -m measure.evaluate --score runs/benchmarks/mmlu.jsonl
 
 A task is read from benchmarks/<task>.jsonl, one object a line: id, answer, and what the prompt is made of (question,
 context, choices; see TASKS).  All tasks are generative, multiple choice included: the model reads worked examples and
@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from common import replacing
 from data import numbered_objects
+from measure.likelihood import conditional_log_prob
 from processes import collect, first_process_first, n_processes, rank
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -306,8 +307,8 @@ def open_tasks(text, folder, limit, ranking):
 def run(model, jobs, out, settings, batch_size, ranking=None):
     """Generate, or rank the choices, then score; writes `out`/<task>.jsonl and the summary, and prints it.
 
-    jobs: of `open_tasks`; settings: options of `ColaDLM.generate`; ranking: those of `ColaDLM.conditional_log_prob`, to
-    take the likeliest choice instead.  Lines that `out` has already are not asked again.  The noise of a row belongs to
+    jobs: of `open_tasks`; settings: options of `ColaDLM.generate`; ranking: those of `conditional_log_prob`, to take
+    the likeliest choice instead.  Lines that `out` has already are not asked again.  The noise of a row belongs to
     its line, so neither batches nor processes nor interruptions change what comes out."""
     rows, n = [], n_processes()
     for name, lines in jobs.items():
@@ -350,7 +351,7 @@ def ranked(model, prompt, line, row_id, options):
     choices = line["choices"]
     answers = [" " + choice for choice in choices]
     same = [row_id] * len(choices)  # the same noise for all
-    scores = model.conditional_log_prob([prompt] * len(choices), answers, row_ids=same, **options).tolist()
+    scores = conditional_log_prob(model, [prompt] * len(choices), answers, row_ids=same, **options).tolist()
     return dict(generate=choices[scores.index(max(scores))], scores=scores)
 
 

@@ -1,18 +1,28 @@
 """What a configuration costs: parameters, FLOPs and memory, counted from the sizes alone.
 
-    python train_prior.py --preset 2b --dry-run --devices 64 --micro-batch 11 --fsdp
+    python -m measure.budget prior --preset 2b --devices 64 --micro-batch 11 --fsdp
+    python -m measure.budget vae --preset 2b
+
+The options are those of train_prior.py or train_vae.py, whatever they have to do with sizes.
 
 One multiplication with addition is 2 FLOPs.  A training step costs three forward passes: one forward, two backward.
 Element-wise work, norms and softmax are not counted, nor what activation checkpointing computes again: these are the
 FLOPs of the model, as in MFU.
 """
 
+import sys
+from dataclasses import dataclass
+
 import torch
 
+import train_prior
+import train_vae
+from common import fail, option, parse_options, run_script
 from data import micro_batch
 from dit import TIME_CHANNELS, DiT, DiTConfig
 from flow import clean_length
-from vae import MAX_LOGITS, TextVAE
+from released_format import load_vae_config
+from vae import MAX_LOGITS, TextVAE, VAEConfig
 
 PEAK = 989e12  # bf16 FLOP/s of an H100, for orientation
 STATE_BYTES = 16  # of one trained parameter in fp32: weight, gradient and two moments of AdamW
@@ -119,3 +129,32 @@ def report(o, vae, dit=None):
     }
     for name, value in lines.items():
         print(f"{name:22} {value}")
+
+
+@dataclass
+class VAEOptions(train_vae.Options):
+    devices: int = option(1, "on so many devices", low=1)
+    budget: float = option(2000.0, "EFLOPs to spend", low=0.0)
+
+
+@dataclass
+class PriorOptions(train_prior.Options):
+    devices: int = option(1, "on so many devices", low=1)
+    budget: float = option(2000.0, "EFLOPs to spend", low=0.0)
+
+
+def main():
+    stage, argv = (sys.argv[1:2] or [""])[0], sys.argv[2:]
+    if stage == "vae":
+        o, _ = parse_options(VAEOptions, __doc__, train_vae.PRESETS, argv)
+        report(o, train_vae.config_of(o))
+    elif stage == "prior":
+        o, given = parse_options(PriorOptions, __doc__, train_prior.PRESETS, argv)
+        vae = VAEConfig() if o.preset == "2b" and "vae" not in given else load_vae_config(o.vae)
+        report(o, vae, train_prior.config_of(o, vae))
+    else:
+        fail("name the stage: python -m measure.budget vae, or prior, then its options")
+
+
+if __name__ == "__main__":
+    run_script(main)

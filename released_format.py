@@ -46,8 +46,6 @@ VAE_FIXED = dict(
     shared_heads_kv=1,
 )
 DIT_FIXED = dict(patch_size=1)
-# Fields that the released configuration does not have; written only where they differ from what it is without them.
-OURS = dict(n_codes=0)
 
 
 def load_vae_config(folder):
@@ -103,8 +101,10 @@ def to_config(cls, raw, names, fixed, folder):
 
 
 def to_raw(config, names):
-    raw = {names.get(name, name): value for name, value in dataclasses.asdict(config).items()}
-    return {name: value for name, value in raw.items() if name not in OURS or value != OURS[name]}
+    """The released fields, and those of ours that differ from their defaults: all others read back as they were."""
+    fields = dataclasses.fields(config)
+    written = [f for f in fields if not f.metadata.get("ours") or getattr(config, f.name) != f.default]
+    return {names.get(f.name, f.name): getattr(config, f.name) for f in written}
 
 
 def read_json(path):
