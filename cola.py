@@ -96,14 +96,14 @@ class ColaDLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu", dtype=torch.float32, with_tokenizer=False):
-        """Load a folder in the released layout; with_tokenizer: only if there is a tokenizer.json.  Raises ValueError
+        """Load a folder in the released format; with_tokenizer: only if there is a tokenizer.json.  Raises ValueError
         or FileNotFoundError, in one line, for a missing or damaged file, an option this implementation does not have,
         or tensors that are missing, extra or misshapen."""
         vae, dit = load_vae(folder, device, dtype), load_dit(folder, device, dtype)
         return cls(vae, dit, find_tokenizer(folder, vae.config.vocab_size, with_tokenizer)).eval()
 
     def save_pretrained(self, folder, dtype=torch.float32):
-        """Write weights (in `dtype`), configurations and tokenizer in the released layout, each file complete or not at
+        """Write weights (in `dtype`), configurations and tokenizer in the released format, each file complete or not at
         all."""
         save_vae(self.vae, folder, dtype)
         save_dit(self.dit, folder, dtype)

@@ -24,9 +24,9 @@ from processes import local_rank, n_processes, rank, under_torchrun
 # Command line: one dataclass a script is the only home of its options, defaults, ranges and help
 
 
-def option(default, help, low=None, high=None, choices=None):
-    """A dataclass field that is also a command-line option; a tuple takes several values."""
-    metadata = dict(help=help, low=low, high=high, choices=choices)
+def option(default, help="", low=None, high=None, choices=None, hidden=False):
+    """A dataclass field that is also a command-line option, unless it is hidden; a tuple takes several values."""
+    metadata = dict(help=help, low=low, high=high, choices=choices, hidden=hidden)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -43,7 +43,6 @@ class TrainingOptions:
     clip: float = option(1.0, "largest norm of the gradient; 0: any", low=0.0)
     resume: bool = option(False, "continue the run in that folder")
     save_every: int = option(100, "steps between checkpoints", low=1)
-    log_every: int = option(10, "steps between rows of log.jsonl", low=1)
     seed: int = option(0, "seed of weights, batches and noise", low=0, high=2**31)
     device: str = option("auto", "auto, cpu, cuda, mps")
     precision: str = option("auto", "of matrix products; weights stay fp32", choices=("auto", "fp32", "bf16"))
@@ -70,7 +69,7 @@ def parse_options(cls, description, presets=None, argv=None):
         argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    fields = dataclasses.fields(cls)
+    fields = [field for field in dataclasses.fields(cls) if not field.metadata["hidden"]]
     for field in fields:
         shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         kwargs = dict(help=f"{field.metadata['help']} (default: {shown!r})".replace("%", "%%"))
@@ -129,19 +128,19 @@ def run_script(main):
         fail(error)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("out of memory|allocate|overflow", str(error)):
-            let_the_first_speak()
+            wait_for_the_first_to_report()
             raise
         fail(f"not enough memory for this model, batch or length: {error}")
 
 
-def let_the_first_speak():
-    """Most mistakes are made by all processes, or end the others: torchrun stops this one as soon as the first ends."""
+def wait_for_the_first_to_report():
+    """Most mistakes happen in all processes, or end the others: torchrun stops this one as soon as the first ends."""
     if rank() > 0:
         time.sleep(10)
 
 
 def fail(message):
-    let_the_first_speak()
+    wait_for_the_first_to_report()
     print("error:", " ".join(str(message).split())[:500], file=sys.stderr)
     sys.exit(2)
 
@@ -336,12 +335,12 @@ def progress_bar(first_step, steps, tokens_per_step):
     return tqdm(initial=first, total=last, unit="tok", unit_scale=True, disable=rank() > 0)
 
 
-def parts_of_batch(idx, micro_batch, seed, step):
-    """Cut the global batch idx (B, L) into parts of micro_batch rows; returns those of this process, each with its
+def parts_of_batch(idx, rows, seed, step):
+    """Cut the global batch idx (B, L) into parts of so many rows; returns those of this process, each with its
     generator of random numbers.
 
     A part is known by its number alone: 2 processes with 1 part each do what 1 process with 2 parts does."""
-    parts = list(enumerate(idx.split(micro_batch)))
+    parts = list(enumerate(idx.split(rows)))
     n = len(parts) // n_processes()
     return [(part, step_generator(seed, step, idx.device, i)) for i, part in parts[rank() * n : (rank() + 1) * n]]
 

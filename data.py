@@ -430,12 +430,12 @@ def check_seq_len(seq_len, vae_config):
         raise ValueError(f"--seq-len {seq_len} must be a multiple of block_size * patch_size = {chunk}")
 
 
-def micro_batch(batch_size, wanted, devices):
-    """Sequences of one forward pass: as many as wanted, or with 0 all that a process has of a batch.  Raises ValueError
+def rows_per_pass(batch_size, micro_batch, devices):
+    """Sequences of one forward pass: micro_batch or, if that is 0, all that a process has of a batch.  Raises ValueError
     if the batch does not split evenly."""
-    size = wanted or max(batch_size // devices, 1)
+    size = micro_batch or max(batch_size // devices, 1)
     if batch_size % (size * devices):
-        factors = [f"--micro-batch {wanted}"] * (wanted > 0) + [f"{devices} devices"] * (devices > 1)
+        factors = [f"--micro-batch {micro_batch}"] * (micro_batch > 0) + [f"{devices} devices"] * (devices > 1)
         raise ValueError(f"--batch-size {batch_size} must be a multiple of {' times '.join(factors)}")
     return size
 

@@ -4,7 +4,8 @@ Data sit at t = 0 and noise at t = 1 (several other libraries have it the other 
 
     z_t = (1 - t) z0 + t z1,    z1 ~ N(0, I),    velocity v = dz/dt = z1 - z0
 
-so generation integrates the velocity from t = 1 down to t = 0 (Eq. 2.1.2).
+so generation integrates the velocity from t = 1 down to t = 0 (Eq. 2.1.2).  The network is shown 1000 t: its sines and
+cosines have the wavelengths of diffusion models with 1000 steps, and between 0 and 1 most of them would hardly move.
 """
 
 from itertools import pairwise
@@ -16,7 +17,10 @@ from transformer import Layout, block_mask, flex_mask
 
 
 def sample_times(n, loc, scale, generator=None, device=None):
-    """Logit-normal times t = sigmoid(N(loc, scale)), one for each of n sequences.  (n,)"""
+    """Logit-normal times t = sigmoid(N(loc, scale)), one for each of n sequences.  (n,)
+
+    With loc 1 the median is 0.73: it is at high noise that the text is decided.  The more channels a latent has, the
+    longer it can be told apart in noise, and the higher loc should be."""
     return torch.sigmoid(loc + scale * torch.randn(n, generator=generator, device=device))
 
 
@@ -41,8 +45,11 @@ def flow_matching_loss(dit, z0, z1, t, prompt=None, valid=None, code_weight=0.0)
     code_weight: for a prior with a `dit.Codebook`, adds so many times -log w(z_t) of the code next to z0, in nats per
     latent.  Both have the same minimum, the true distribution of codes, but the logarithm is found faster.
 
-    History and target are constants; in joint training the gradient reaches the encoder through z_t alone, or it could
-    shorten the loss by moving its own target."""
+    History and target are constants.  In joint training the gradient reaches the encoder through z_t alone: it could
+    lower the loss by moving its own target, or by writing into the history what the next block will be.
+
+    No condition is ever dropped for guidance: the first block of every row has no history, and trains the unconditional
+    velocity."""
     is_clean = torch.zeros(z0.shape[:2], dtype=torch.bool, device=z0.device) if prompt is None else prompt
     counts = ~is_clean if valid is None else ~is_clean & valid
     error = velocity_error(dit, z0, z1, t, is_clean, code_weight)
@@ -73,8 +80,9 @@ def velocity_of_all_blocks(dit, clean, zt, t, is_clean=None, layout=None, **opti
     clean (B, n, d): the finished latents; zt (B, n, d): every block on its way; t (B or 1,); is_clean: bool (B, n),
     which latents of zt are clean and have time 0; layout: of `training_layout`, to use it again; options: of `DiT`.
 
-    Layout: [clean without its last block | zt], both at the same positions, so that every noisy block is predicted from
-    exactly the clean history that the sampler's cache would hold; the last clean block is nobody's history."""
+    In one line as [clean without its last block | zt], both at the same positions, so that every noisy block is
+    predicted from exactly the clean history that the sampler's cache would hold; the last clean block is nobody's
+    history."""
     n, block_size = zt.shape[1], dit.config.block_size
     n_clean = clean_length(n, block_size)
     is_clean = torch.zeros(1, n, dtype=torch.long, device=zt.device) if is_clean is None else is_clean.long()

@@ -1,4 +1,4 @@
-"""Checkpoints in the released layout, both ways.  Parameter names are the released ones, so nothing is converted.
+"""Models in the released format, both ways.  Parameter names are the released ones, so nothing is converted.
 
     folder/tokenizer.json
     folder/cola_vae/config.json, model.safetensors      (or shards with model.safetensors.index.json)
@@ -189,7 +189,7 @@ def save_weights(state, raw_config, folder, dtype):
             save_file(tensors, temporary, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"could not write {folder}: {error}") from None
-    (folder / "model.safetensors.index.json").unlink(missing_ok=True)  # shards of an older model count no more
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)  # or the shards of an older model would be read
     with replacing(folder / "config.json") as temporary:
         temporary.write_text(json.dumps(raw_config, indent=2, sort_keys=True) + "\n")
 

@@ -18,6 +18,8 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from common import check_new, flag, replacing
 from processes import n_processes, rank, under_torchrun
 
+LOG_EVERY = 10  # steps between rows of log.jsonl
+
 
 class Run:
     """One training run: `folder`, `options`, `step` (steps done so far).
@@ -56,18 +58,12 @@ class Run:
 
     def read(self):
         """Find the last complete state; returns its options."""
-        steps = [int(file.parent.name) for file in self.folder.glob("training/*/run.json")]
-        if not steps:
+        self.step, content = last_state(self.folder)
+        if content is None:
             advice = "start it anew with another --out"
             raise FileNotFoundError(f"{self.folder}/training holds nothing: there is no run to resume, {advice}")
-        self.step = max(steps)
-        file = self.state_folder / "run.json"
-        try:
-            content = json.loads(file.read_text())
-            options, self.log = dict(content["options"]), list(content["log"])
-        except (LookupError, TypeError, ValueError):
-            raise ValueError(f"{file} is damaged or truncated") from None
-        return {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
+        self.log = content["log"]
+        return content["options"]
 
     def record(self, bar, step, lr, passes):
         """Add a row to the log and show it on the progress bar; collective.  passes: of each, {name: scalar tensor}."""
@@ -113,6 +109,25 @@ class Run:
                 shutil.rmtree(other)
         with replacing(self.folder / "log.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in self.log))
+
+
+def last_state(folder):
+    """Step and run.json of the last complete state in the folder of a run; 0 and None if there is none."""
+    steps = [int(file.parent.name) for file in Path(folder).glob("training/*/run.json")]
+    if not steps:
+        return 0, None
+    file = Path(folder) / "training" / str(max(steps)) / "run.json"
+    try:
+        content = json.loads(file.read_text())
+        options = {name: tuple(v) if isinstance(v, list) else v for name, v in content["options"].items()}
+        return max(steps), dict(options=options, log=list(content["log"]))
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise ValueError(f"{file} is damaged or truncated") from None
+
+
+def saved_options(folder):
+    """The options of the run in a folder; {} if none is there, but a model from elsewhere."""
+    return (last_state(folder)[1] or dict(options={}))["options"]
 
 
 @contextmanager

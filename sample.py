@@ -21,7 +21,7 @@ PRETRAINED = Path(__file__).parent / "pretrained"  # the small model that comes 
 
 @dataclass
 class Options(SamplingOptions):
-    model: str = option("", "folder in the released layout; nothing: runs/cola if there is one, else pretrained")
+    model: str = option("", "folder in the released format; nothing: runs/cola if there is one, else pretrained")
     prompt: tuple = option(("",), "one or more texts to continue; empty: a new document")
     num_samples: int = option(10, "samples of each prompt", low=1)
     stop_at_eos: bool = option(True, "end a sample where the model ends its document")

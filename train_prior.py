@@ -8,7 +8,7 @@
 """
 
 import copy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from common import option
 from dit import DiT, DiTConfig
 from flow import flow_matching_loss, sample_times, simulated_prompts
 from released_format import find_tokenizer, load_vae, save_dit, save_vae
-from resume import Run
+from resume import LOG_EVERY, Run, saved_options
 from transformer import compile_blocks
 from vae import masked_view_loss, reconstruction_loss
 
@@ -35,24 +35,15 @@ class Options(common.TrainingOptions):  # which adds seed, device, resume and th
     preset: str = option("small", "small; plain: without codes; 2b: the paper's", choices=("small", "plain", "2b"))
     dim: int = option(192, "width", low=1)
     n_head: int = option(2, "attention heads", low=1)
-    head_dim: int = option(96, "channels of a head", low=2)
-    rope_dim: int = option(72, "channels of a head that carry the position", low=2)
     n_layer: int = option(4, "transformer layers", low=1)
-    mlp_ratio: int = option(4, "width of the MLP over the width", low=1)
     n_codes: int = option(512, "codes of the mixture read-out, at most (dit.Codebook); 0: the paper's prior", low=0)
     # objective
     t_loc: float = option(1.0, "times are sigmoid(N(t_loc, t_scale)); the paper: 1 for d = 16, 1.7 for 64, 2.3 for 128")
     t_scale: float = option(1.0, "see t_loc", low=0.0)
     prompt_prob: float = option(0.05, "share of blocks that keep a random clean prefix, a prompt", low=0.0, high=1.0)
-    code_weight: float = option(1.0, "weight of the cross-entropy of the codes", low=0.0)
     joint: bool = option(False, "train the VAE along, held near its stage-1 encoder")
-    vae_weight: float = option(1.0, "joint: weight of the VAE's terms", low=0.0)
-    fm_weight: float = option(1.0, "joint: weight of the flow-matching loss", low=0.0)
+    vae_weight: float = option(1.0, "joint: weight of the VAE's terms; that of the flow-matching loss is 1", low=0.0)
     ref_weight: float = option(1.0, "joint: weight of KL(q || q_ref), per token, to the frozen encoder", low=0.0)
-    beta: float = option(1e-4, "joint: weight of the posterior's negative entropy, per token", low=0.0)
-    mask_weight: float = option(0.5, "joint: weight of the masked-view loss", low=0.0)
-    mask_ratio: float = option(0.2, "joint: share of tokens masked in that view", low=0.0, high=1.0)
-    decoder_noise: float = option(0.5, "joint: the decoder learns from latents noised up to this", low=0.0, high=1.0)
     vae_lr_ratio: float = option(1.0, "joint: learning rate of the VAE over that of the prior", low=0.0)
     # optimization
     steps: int = option(1000, "training steps", low=1)
@@ -64,18 +55,25 @@ class Options(common.TrainingOptions):  # which adds seed, device, resume and th
     ema: float = option(0.99, "decay of the moving average of the weights, which gets sampled", low=0.0, high=1.0)
     # run
     out: str = option("runs/cola", "folder of the run and of the whole model")
+    # joint: the VAE's own terms, weighted as in its stage 1 (no flags)
+    beta: float = option(1e-4, hidden=True)
+    mask_weight: float = option(0.5, hidden=True)
+    mask_ratio: float = option(0.2, hidden=True)
+    decoder_noise: float = option(0.5, hidden=True)
 
 
 PRESETS = {  # "small" is what stands above
     "plain": dict(n_codes=0, steps=2000),  # small, but the paper's prior, which takes longer to learn
     "2b": dict(
-        dim=2048, n_head=16, head_dim=128, rope_dim=96, n_layer=24, n_codes=0, joint=True,
+        dim=2048, n_head=16, n_layer=24, n_codes=0, joint=True,
         batch_size=1408, micro_batch=16, seq_len=512, steps=200_000, save_every=1000,
         optimizer="adamw", lr=1.5e-4, final_lr=1e-5, warmup=5000, decoder_noise=0.0, checkpointing=True,
         ema=0.9999,  # not the paper's, which does not mention one
     ),
 }  # fmt: skip
 EVAL_SEQUENCES = 128  # held-out sequences behind the figure at the end
+CODE_WEIGHT = 1.0  # of the cross-entropy of the codes, in training
+CODE_LATENTS = 1 << 16  # of the training text, in which the codes are found
 
 
 class PriorObjective(nn.Module):
@@ -104,7 +102,7 @@ class PriorObjective(nn.Module):
         t = sample_times(B, o.t_loc, o.t_scale, generator, z0.device)  # (B,)
         z1 = torch.randn(z0.shape, generator=generator, device=z0.device)
         prompt = simulated_prompts(B, n, dit.config.block_size, o.prompt_prob, generator, z0.device)
-        fm = flow_matching_loss(dit, z0, z1, t, prompt, code_weight=o.code_weight if o.n_codes else 0.0)
+        fm = flow_matching_loss(dit, z0, z1, t, prompt, code_weight=CODE_WEIGHT if self.training and o.n_codes else 0.0)
         if not o.joint:
             return fm, {}
 
@@ -118,7 +116,7 @@ class PriorObjective(nn.Module):
             old = reference.encode(idx)
         ref = posterior.kl(old).mean() / vae.config.patch_size  # or latents and prior would drift away together
         vae_terms = reconstruction - o.beta * entropy + o.mask_weight * mask
-        loss = o.vae_weight * vae_terms + o.fm_weight * fm + o.ref_weight * ref
+        loss = fm + o.vae_weight * vae_terms + o.ref_weight * ref
         terms = dict(fm=fm, reconstruction=reconstruction, entropy=entropy, mask=mask, ref=ref)
         return loss, {name: value.detach() for name, value in terms.items()}
 
@@ -138,12 +136,14 @@ def update_ema(ema, model, decay, step):
 
 
 def config_of(o, vae):
-    """The prior's configuration, on latents of a VAEConfig."""
-    sizes = {name: value for name, value in asdict(o).items() if name in DiTConfig.__dataclass_fields__}
-    return DiTConfig(**sizes | dict(latent_dim=vae.latent_dim, block_size=vae.block_size))
-
-
-CODE_LATENTS = 1 << 16  # of the training text, in which the codes are found
+    """The prior's configuration, on latents of a VAEConfig.  As in the released model, the heads share the width, and
+    the rotary embedding turns three quarters of a head.  Raises ValueError for sizes that do not go together."""
+    if o.dim % (4 * o.n_head):
+        raise ValueError(f"--dim {o.dim} must be a multiple of 4 times --n-head {o.n_head}")
+    head_dim = o.dim // o.n_head
+    heads = dict(n_head=o.n_head, head_dim=head_dim, rope_dim=head_dim // 8 * 6)
+    latents = dict(latent_dim=vae.latent_dim, block_size=vae.block_size)
+    return DiTConfig(dim=o.dim, n_layer=o.n_layer, n_codes=o.n_codes, **heads, **latents)
 
 
 @torch.no_grad()
@@ -157,7 +157,11 @@ def fit_codes(codebook, vae, tokens, seq_len, device):
 
 def main():
     options, given = common.parse_options(Options, __doc__, PRESETS)
-    run = Run(options, given)
+    if options.joint and "n_codes" not in given:  # the latents would move away from their codes
+        options.n_codes = 0
+    stage1 = saved_options(options.vae)
+    own = {name: stage1[name] for name in ("beta", "mask_weight", "mask_ratio", "decoder_noise") if name in stage1}
+    run = Run(replace(options, **own), given)
     o, device = run.options, processes.join_processes(common.pick_device(options.device))
     amp = common.autocast(device, o.precision)
 
@@ -166,10 +170,10 @@ def main():
     vae = load_vae(source, device)
     tokenizer = find_tokenizer(source, vae.config.vocab_size, required=True)
     config = config_of(o, vae.config)
-    micro_batch = data.micro_batch(o.batch_size, o.micro_batch, processes.n_processes())
+    rows = data.rows_per_pass(o.batch_size, o.micro_batch, processes.n_processes())
     data.check_seq_len(o.seq_len, vae.config)
     if o.joint and o.n_codes:
-        raise ValueError("--joint moves the latents away from their codes: add --n-codes 0")
+        raise ValueError(f"--joint moves the latents away from their codes: leave out --n-codes {o.n_codes}")
     text = o.data or (f"{o.vae}/data",)
     if not o.data and not data.is_prepared(text[0]):
         raise ValueError(f"{o.vae} has no text of its own: name some with --data")
@@ -223,7 +227,7 @@ def main():
         for step in range(run.step, o.steps):
             idx = data.random_batch(corpus.train, o.batch_size, o.seq_len, o.seed, step).to(device)  # (B, L)
             lr = common.learning_rate(step, o.steps, o.warmup, o.lr, o.final_lr)
-            parts, passes = common.parts_of_batch(idx, micro_batch, o.seed, step), []
+            parts, passes = common.parts_of_batch(idx, rows, o.seed, step), []
             for part, generator in parts:
                 objective.require_backward_grad_sync = len(passes) == len(parts) - 1  # DDP averages gradients but once
                 with amp:
@@ -234,7 +238,7 @@ def main():
             update_ema(ema, trained, o.ema, step)
 
             bar.update(tokens_per_step)
-            if (step + 1) % o.log_every == 0 or step + 1 == o.steps:
+            if (step + 1) % LOG_EVERY == 0 or step + 1 == o.steps:
                 run.record(bar, step + 1, lr, passes)
             if (step + 1) % o.save_every == 0 or step + 1 == o.steps:
                 run.save(step + 1, optimizer, **states)
@@ -246,9 +250,9 @@ def main():
     dit, vae = average["dit"].to(device), average.get("vae", vae).to(device)
     held_out = data.even_batch(corpus.val, EVAL_SEQUENCES, o.seq_len).to(device)
     generator = common.step_generator(o.seed, 0, device)
-    evaluated = PriorObjective(replace(o, joint=False, code_weight=0.0), nn.ModuleDict(dict(dit=dit)), vae)
+    evaluated = PriorObjective(replace(o, joint=False), nn.ModuleDict(dict(dit=dit)), vae).eval()
     with torch.no_grad(), amp:
-        parts = held_out.split(micro_batch)
+        parts = held_out.split(rows)
         loss = sum(evaluated(part, generator)[0] * len(part) for part in parts) / len(held_out)
     print(f"flow-matching loss on {held_out.numel():,} held-out tokens: {loss.item():.4f}")
     print(f"the model is in {run.folder}; next: python sample.py --model {run.folder}")

@@ -16,7 +16,7 @@ import data
 import processes
 from common import option
 from released_format import find_tokenizer, save_vae
-from resume import Run
+from resume import LOG_EVERY, Run
 from transformer import compile_blocks
 from vae import TextVAE, VAEConfig, masked_view_loss, reconstruction_loss, token_accuracy
 
@@ -99,7 +99,7 @@ def main():
 
     # Text, tokens, tokenizer.
     config = config_of(o)
-    micro_batch = data.micro_batch(o.batch_size, o.micro_batch, processes.n_processes())
+    rows = data.rows_per_pass(o.batch_size, o.micro_batch, processes.n_processes())
     data.check_seq_len(o.seq_len, config)
 
     def tokenizer():
@@ -140,7 +140,7 @@ def main():
         for step in range(run.step, o.steps):
             idx = data.random_batch(corpus.train, o.batch_size, o.seq_len, o.seed, step).to(device)  # (B, L)
             lr = common.learning_rate(step, o.steps, o.warmup, o.lr, o.final_lr)
-            parts, passes = common.parts_of_batch(idx, micro_batch, o.seed, step), []
+            parts, passes = common.parts_of_batch(idx, rows, o.seed, step), []
             for part, generator in parts:
                 objective.require_backward_grad_sync = len(passes) == len(parts) - 1  # DDP averages gradients but once
                 with amp:
@@ -150,7 +150,7 @@ def main():
             common.optimizer_step(optimizer, lr, o.clip)
 
             bar.update(tokens_per_step)
-            if (step + 1) % o.log_every == 0 or step + 1 == o.steps:
+            if (step + 1) % LOG_EVERY == 0 or step + 1 == o.steps:
                 run.record(bar, step + 1, lr, passes)
             if (step + 1) % o.save_every == 0 or step + 1 == o.steps:
                 run.save(step + 1, optimizer, vae)
@@ -161,7 +161,7 @@ def main():
         return
     vae = vae.to(device)
     held_out = data.even_batch(corpus.val, EVAL_SEQUENCES, o.seq_len).to(device)
-    parts = held_out.split(micro_batch)
+    parts = held_out.split(rows)
     accuracy = sum(token_accuracy(vae, part) * len(part) for part in parts) / len(held_out)
     print(f"reconstruction: {100 * accuracy:.2f} % of {held_out.numel():,} held-out tokens")
     text = "" if data.is_prepared(run.folder / "data") else f" --data {o.data[0]}"

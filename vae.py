@@ -252,7 +252,7 @@ class TextVAE(nn.Module):
         return self.decoder.final_layer(self.read(z, cache))
 
     def read(self, z, cache=None):
-        """`decode` but for its last layer: (B, n, d) -> (B, n*p, C)."""
+        """All of `decode` except its last layer: (B, n, d) -> (B, n*p, C)."""
         c = self.config
         x = self.decoder.in_layer(z.to(self.decoder.in_layer.weight.dtype))  # (B, n, C)
         x = self.transform(x, self.decoder.blocks, self.layout(z.shape[1], z.device, cache), cache)

@@ -18,7 +18,7 @@ import torch
 import train_prior
 import train_vae
 from common import fail, option, parse_options, run_script
-from data import micro_batch
+from data import rows_per_pass
 from dit import TIME_CHANNELS, DiT, DiTConfig
 from flow import clean_length
 from released_format import load_vae_config
@@ -94,7 +94,7 @@ def report(o, vae, dit=None):
 
     o: options of train_vae.py or train_prior.py; vae, dit: configurations; dit None: stage 1."""
     n = o.seq_len // vae.patch_size
-    rows = micro_batch(o.batch_size, o.micro_batch, o.devices)  # sequences of one pass on one device
+    rows = rows_per_pass(o.batch_size, o.micro_batch, o.devices)  # sequences of one pass on one device
     n_vae = parameters(vae)
     trained, frozen = (n_vae, 0) if dit is None else (parameters(dit), n_vae)
     if dit is None:

@@ -414,7 +414,7 @@ BENCHMARKS_ONLY = ("max_new_tokens", "task_data", "rank", "rank_time", "dtype", 
 
 @dataclass
 class Options(SamplingOptions):
-    model: str = option("runs/cola", "folder in the released layout")
+    model: str = option("runs/cola", "folder in the released format")
     out: str = option("", "folder of all results; default runs/evaluation, with --tasks runs/benchmarks")
     device: str = option("auto", "auto, cpu, cuda, mps")
     # diagnostics

@@ -180,7 +180,7 @@ def training_text(corpus):
 
 @dataclass
 class Options(SamplingOptions):
-    model: str = option("runs/cola", "folder in the released layout; empty: judge --texts only")
+    model: str = option("runs/cola", "folder in the released format; empty: judge --texts only")
     data: str = option("runs/vae/data", "folder of the training and held-out tokens")
     texts: tuple = option((), "more texts to judge: files as in --data of train_vae.py, each a row of the table")
     num_samples: int = option(64, "samples from the model, as many with a held-out prompt as without", low=2)

@@ -9,8 +9,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 VAE_SIZE = "--dim 32 --ffn-dim 64 --n-head 2 --n-encoder-layer 1 --n-decoder-layer 1 --latent-dim 4 --block-size 4"
-PRIOR_SIZE = "--dim 32 --n-head 2 --head-dim 16 --rope-dim 8 --n-layer 1"
-COMMON = "--device cpu --precision fp32 --batch-size 4 --seq-len 32 --log-every 1"
+PRIOR_SIZE = "--dim 32 --n-head 2 --n-layer 1"
+COMMON = "--device cpu --precision fp32 --batch-size 4 --seq-len 32"
 
 
 @pytest.fixture
@@ -26,6 +26,14 @@ def generated_latents(monkeypatch):
         return latents
 
     return run
+
+
+@pytest.fixture(autouse=True, scope="session")
+def every_step_in_the_log():
+    import train_prior
+    import train_vae
+
+    train_prior.LOG_EVERY = train_vae.LOG_EVERY = 1
 
 
 @pytest.fixture(autouse=True)
@@ -71,5 +79,5 @@ def trained(text, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         call(train_vae.main, f"--data {text} --vocab-size 300 {VAE_SIZE} {COMMON} {steps}", patch, cwd)
         call(train_prior.main, f"{PRIOR_SIZE} {COMMON} {steps}", patch, cwd)
-        call(train_prior.main, f"{PRIOR_SIZE} {COMMON} {steps} --joint --n-codes 0 --out runs/joint", patch, cwd)
+        call(train_prior.main, f"{PRIOR_SIZE} {COMMON} {steps} --joint --out runs/joint", patch, cwd)
     return cwd

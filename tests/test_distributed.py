@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems d
 STEPS = "--steps 6 --save-every 3"
 RUNS = dict(adamw="--optimizer adamw", muon="--optimizer muon", bf16="--optimizer adamw --precision bf16")
 VAE = f"--vocab-size 300 {VAE_SIZE} {COMMON} {STEPS}"
-PRIOR = f"--joint --n-codes 0 {PRIOR_SIZE} {COMMON} {STEPS}"
+PRIOR = f"--joint {PRIOR_SIZE} {COMMON} {STEPS}"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,7 +55,7 @@ def processes(main, arguments, cwd, sabotage=None, n=2):
                 os.environ |= dict(TORCHELASTIC_RUN_ID="test", WORLD_SIZE=str(n), RANK=str(rank), LOCAL_RANK=str(rank))
                 os.environ |= dict(MASTER_ADDR="localhost", MASTER_PORT=str(port))
                 sys.stdout = sys.stderr = open(cwd / f"output{rank}", "w")  # noqa: SIM115
-                common.let_the_first_speak = lambda: None  # there is no torchrun that would end those who wait
+                common.wait_for_the_first_to_report = lambda: None  # there is no torchrun that would end those who wait
                 if sabotage:
                     sabotage(rank)
                 os.chdir(cwd)
@@ -199,11 +199,11 @@ def test_parts_of_a_batch(monkeypatch):
 
 
 def test_a_batch_splits_evenly():
-    assert data.micro_batch(8, 0, 2) == 4 and data.micro_batch(8, 2, 2) == 2
+    assert data.rows_per_pass(8, 0, 2) == 4 and data.rows_per_pass(8, 2, 2) == 2
     with pytest.raises(ValueError, match="--batch-size 6 must be a multiple of --micro-batch 2 times 2 devices"):
-        data.micro_batch(6, 2, 2)
+        data.rows_per_pass(6, 2, 2)
     with pytest.raises(ValueError, match="--batch-size 5 must be a multiple of 2 devices"):
-        data.micro_batch(5, 0, 2)
+        data.rows_per_pass(5, 0, 2)
 
 
 def test_samples_do_not_depend_on_the_number_of_processes(alone, tmp_path, monkeypatch, capsys):

@@ -20,7 +20,7 @@ from cola import ColaDLM
 from dit import DiT, DiTConfig
 from flow import flow_matching_loss, sample_times, simulated_prompts
 from measure import judge
-from resume import Run
+from resume import Run, saved_options
 from train_vae import Options, VAEObjective
 from transformer import compile_blocks
 from vae import TextVAE, VAEConfig, token_accuracy
@@ -119,7 +119,7 @@ def test_the_vae_learns_in_joint_training_only(trained):
     [
         (train_vae.main, "--data {text} --vocab-size 300 " + VAE_SIZE, "cola_vae", "runs/vae"),
         (train_prior.main, "--vae {trained}/runs/vae " + PRIOR_SIZE, "cola_dit", "runs/cola"),
-        (train_prior.main, "--vae {trained}/runs/vae --joint --n-codes 0 " + PRIOR_SIZE, "cola_vae", "runs/joint"),
+        (train_prior.main, "--vae {trained}/runs/vae --joint " + PRIOR_SIZE, "cola_vae", "runs/joint"),
     ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(trained, text, tmp_path, monkeypatch, main, options, part, source):
@@ -154,6 +154,27 @@ def test_resuming_keeps_what_is_not_given_anew(tmp_path):
     assert Run(*options(resume=True, save_every=9)).options.save_every == 9
     with pytest.raises(ValueError, match="goes on with --lr 0.5"):
         Run(*options(resume=True, lr=0.1))
+
+
+def test_a_run_from_before_an_option_existed_is_resumed(trained, tmp_path, monkeypatch):
+    shutil.copytree(trained / "runs" / "vae", tmp_path / "out")
+    file = tmp_path / "out" / "training" / "6" / "run.json"
+    content = json.loads(file.read_text())
+    del content["options"]["clip"]
+    file.write_text(json.dumps(content))
+    assert Run(train_vae.Options(out=str(tmp_path / "out"), resume=True), {"clip"}).options.clip == 1.0
+    call(train_vae.main, "--resume --out out", monkeypatch, tmp_path)
+
+
+def test_joint_training_weighs_the_terms_of_the_vae_as_its_own_run_did(trained, tmp_path, monkeypatch):
+    shutil.copytree(trained / "runs" / "vae", tmp_path / "vae")
+    file = tmp_path / "vae" / "training" / "6" / "run.json"
+    content = json.loads(file.read_text())
+    content["options"] |= dict(beta=0.123, mask_ratio=0.321)
+    file.write_text(json.dumps(content))
+    call(train_prior.main, f"--vae vae --joint {PRIOR_SIZE} {COMMON} --steps 1", monkeypatch, tmp_path)
+    options = saved_options(tmp_path / "runs" / "cola")
+    assert (options["beta"], options["mask_ratio"], options["mask_weight"]) == (0.123, 0.321, 0.5)
 
 
 def test_resuming_needs_the_same_text(trained, text, tmp_path, monkeypatch):
@@ -206,6 +227,7 @@ def test_help_lists_every_option_with_its_default(script, tmp_path):
     done = run(script, "--help", tmp_path)
     assert done.returncode == 0
     fields = importlib.import_module(script.removesuffix(".py")).Options.__dataclass_fields__
+    fields = [name for name, field in fields.items() if not field.metadata["hidden"]]
     words = " ".join(done.stdout.split())
     for name in fields:
         assert "--" + name.replace("_", "-") in words
@@ -237,7 +259,7 @@ def test_help_lists_every_option_with_its_default(script, tmp_path):
         ("train_vae.py", "--data {text} --seq-len 30 --patch-size 4", "--seq-len 30 must be a multiple of block_size"),
         ("train_prior.py", "--vae nowhere", "nowhere/cola_vae/config.json does not exist"),
         ("train_prior.py", "--vae {trained}/runs/vae --out {trained}/runs/cola", "already holds files"),
-        ("train_prior.py", "--vae {trained}/runs/vae --rope-dim 7", "rope_dim 7 must be even"),
+        ("train_prior.py", "--vae {trained}/runs/vae --dim 36", "--dim 36 must be a multiple of 4 times --n-head 2"),
         ("train_prior.py", "--vae {trained}/runs/vae --data {text}/tokens", "the text was tokenized differently"),
         ("sample.py", "--model nowhere", "nowhere/cola_vae/config.json does not exist"),
         ("sample.py", "--model {trained}/runs/cola --top-p 2", "--top-p 2.0 is out of range"),
@@ -286,7 +308,7 @@ def test_a_failed_start_leaves_no_trace(trained, text, tmp_path, monkeypatch):
         with pytest.raises((ValueError, OSError)):
             call(train_vae.main, f"--data {text} {argument} --out out", monkeypatch, tmp_path)
     with pytest.raises(ValueError, match="--joint moves the latents"):
-        arguments = f"--vae {trained}/runs/vae --data {text} --joint --out out"
+        arguments = f"--vae {trained}/runs/vae --data {text} --joint --n-codes 9 --out out"
         call(train_prior.main, arguments, monkeypatch, tmp_path)
     assert not any(file.is_file() for file in tmp_path.rglob("*"))
 
