@@ -18,6 +18,7 @@ import torch.nn as nn
 
 from common import check_range, option
 from data import decode_bytes, encode_prompt, save_tokenizer
+from dit import CLEAN, NOISY
 from flow import SOLVERS, guide, solve
 from released_format import find_tokenizer, load_dit, load_vae, save_dit, save_vae
 from transformer import KVCache
@@ -279,7 +280,7 @@ class ColaDLM(nn.Module):
         copies = 2 if guided.any() else 1
         scale = torch.where(guided, cfg_scale, 1.0).to(self.device)[:, None, None]
         layout = self.dit.layout(z1.shape[1], self.device, cache, copies)
-        time_index = None if is_known is None else is_known.long().repeat(copies, 1)  # 1: time 0
+        time_index = None if is_known is None else torch.where(is_known, CLEAN, NOISY).repeat(copies, 1)
 
         def velocity(z, t):
             # Both branches in one batch; the second half has no rows in the cache, hence no history.  How that is

@@ -431,8 +431,8 @@ def check_seq_len(seq_len, vae_config):
 
 
 def rows_per_pass(batch_size, micro_batch, devices):
-    """Sequences of one forward pass: micro_batch or, if that is 0, all that a process has of a batch.  Raises ValueError
-    if the batch does not split evenly."""
+    """Sequences of one forward pass: micro_batch or, if that is 0, all that a process has of a batch.  Raises
+    ValueError if the batch does not split evenly."""
     size = micro_batch or max(batch_size // devices, 1)
     if batch_size % (size * devices):
         factors = [f"--micro-batch {micro_batch}"] * (micro_batch > 0) + [f"{devices} devices"] * (devices > 1)

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from transformer import KVCache, apply_rope, attend, check_sizes, make_layout, rope_freqs, run_block
 
 TIME_CHANNELS = 256
+NOISY, CLEAN = 0, 1  # which time a latent has, as an index of the two of its row, [t, 0]
 ROPE_THETA = 10000.0
 
 
@@ -283,7 +284,7 @@ class DiT(nn.Module):
 
         z (B, n, d).
         t: the times that occur in a row, (B or 1, T) in [0, 1], or (B,) or (1,) if there is but one; or their Times.
-        time_index (B or 1, n), 0 .. T-1: which of them each latent has; None: all have the first.
+        time_index (B or 1, n), 0 .. T-1, such as NOISY and CLEAN: which of them each latent has; None: all the first.
         layout: a Layout made before, to use it again, or if the latents are not one plain sequence (training).
         cache: the history; z continues it.  Rows beyond those of the cache have no history.
         Returns v (B, n, d) in fp32; with_codes: and the logarithms of the codes' weights, (B, n, n_codes).

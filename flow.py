@@ -13,6 +13,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
+from dit import CLEAN, NOISY
 from transformer import Layout, block_mask, flex_mask
 
 
@@ -85,11 +86,12 @@ def velocity_of_all_blocks(dit, clean, zt, t, is_clean=None, layout=None, **opti
     history."""
     n, block_size = zt.shape[1], dit.config.block_size
     n_clean = clean_length(n, block_size)
-    is_clean = torch.zeros(1, n, dtype=torch.long, device=zt.device) if is_clean is None else is_clean.long()
+    is_clean = torch.zeros(1, n, dtype=torch.bool, device=zt.device) if is_clean is None else is_clean
+    time_index = torch.where(is_clean, CLEAN, NOISY)  # of the noisy half: a prompt in it is clean
     v = dit(
         torch.cat([clean[:, :n_clean], zt], dim=1),  # (B, n_clean + n, d)
         t=torch.stack([t, torch.zeros_like(t)], dim=1),
-        time_index=F.pad(is_clean, (n_clean, 0), value=1),  # 1: time 0, of all that is clean
+        time_index=F.pad(time_index, (n_clean, 0), value=CLEAN),
         layout=layout or training_layout(n, block_size, dit.rope, zt.device),
         **options,
     )
