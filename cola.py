@@ -7,19 +7,17 @@ A block costs one pass of the prior for each step of the solver, with and withou
 t = 0, and one pass of the decoder, whatever its number of tokens.
 """
 
-import codecs
-import operator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 
-from common import check_range, option
-from data import decode_bytes, encode_prompt, save_tokenizer
+from common import SamplingOptions, check_range
+from data import Writer, check_ids, prompt_ids, save_tokenizer
 from dit import CLEAN, NOISY
-from flow import SOLVERS, guide, solve
+from flow import guide, solve
 from released_format import find_tokenizer, load_dit, load_vae, save_dit, save_vae
 from transformer import KVCache
 
@@ -61,26 +59,6 @@ def pick_tokens(logits, uniform, temperature, top_k, top_p):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The model
-
-
-@dataclass
-class SamplingOptions:
-    """The options of `ColaDLM.stream` as the scripts have them: the only home of their ranges.  (The defaults are for
-    small models; those of the library are the released ones.)"""
-
-    max_new_tokens: int = option(64, "at most so many new tokens a sample", low=1)
-    steps: int = option(16, "steps of the ODE solver per block", low=1)
-    solver: str = option("euler", "ODE solver; heun evaluates the prior twice a step", choices=SOLVERS)
-    cfg_scale: float = option(3.0, "guidance: how strongly the history steers; 1: none; 7: released", low=0.0, high=1e3)
-    temperature: float = option(0.0, "of the tokens; 0 takes the likeliest", low=0.0)
-    top_k: int = option(0, "keep the k likeliest tokens; 0 keeps all", low=0)
-    top_p: float = option(1.0, "keep the likeliest tokens of this total probability", low=0.0, high=1.0)
-    repetition_penalty: float = option(1.0, "above 1: avoid tokens of earlier blocks", low=1e-6)
-    seed: int = option(0, "seed of the noise", low=0, high=2**31)
-
-    def settings(self):
-        """These options alone, without what a script adds to them."""
-        return {field.name: getattr(self, field.name) for field in fields(SamplingOptions)}
 
 
 class ColaDLM(nn.Module):
@@ -353,45 +331,10 @@ def block_generators(seed, row_ids, block):
     return [torch.Generator().manual_seed(seed + 1000 * i + 10_000_000 * block) for i in row_ids]
 
 
-class Writer:
-    """What one row has said: counts its tokens, ends it at eos_id or the limit, and turns ids into text if asked."""
-
-    def __init__(self, tokenizer, eos_id, limit):
-        self.tokenizer, self.eos_id, self.left, self.done = tokenizer, eos_id, limit, False
-        self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span two blocks
-
-    def write(self, ids, last=False):
-        """The part of a block's new ids that this row still says, as ids or text; last: no block will follow."""
-        if self.done:
-            return "" if self.tokenizer else []
-        ids = ids[: self.left]
-        self.left -= len(ids)
-        self.done = last or self.left == 0
-        if self.eos_id in ids:
-            ids, self.done = ids[: ids.index(self.eos_id)], True
-        return self.utf8.decode(decode_bytes(self.tokenizer, ids), final=self.done) if self.tokenizer else ids
-
-
 def pad_rows(ids, chunk, pad_id, device):
     """Lists of ids -> (B, L), padded on the right to the longest row and to a multiple of `chunk`."""
     length = -(-max(map(len, ids)) // chunk) * chunk
     return torch.tensor([row + [pad_id] * (length - len(row)) for row in ids], device=device)
-
-
-def prompt_ids(tokenizer, prompts):
-    """The token ids of each prompt.  Raises ValueError if one is neither a str nor a list of ids."""
-    if not isinstance(prompts, (list, tuple)):
-        raise ValueError(f"prompts must be a list, not {type(prompts).__name__}; for one text write [text]")
-    try:
-        return [encode_prompt(tokenizer, p) if isinstance(p, str) else [operator.index(i) for i in p] for p in prompts]
-    except TypeError:
-        raise ValueError("every prompt must be a str or a list of token ids") from None
-
-
-def check_ids(ids, vocab_size):
-    for i in (i for row in ids for i in row):
-        if not 0 <= i < vocab_size:
-            raise ValueError(f"token id {i} is outside the vocabulary 0..{vocab_size - 1}")
 
 
 def check_fit(vae, dit):

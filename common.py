@@ -48,6 +48,29 @@ class TrainingOptions:
     precision: str = option("auto", "of matrix products; weights stay fp32", choices=("auto", "fp32", "bf16"))
 
 
+SOLVERS = ("euler", "heun")  # of `flow.solve`
+
+
+@dataclasses.dataclass
+class SamplingOptions:
+    """The options of `ColaDLM.stream` as the scripts have them: the only home of their ranges.  (The defaults are for
+    small models; those of the library are the released ones.)"""
+
+    max_new_tokens: int = option(64, "at most so many new tokens a sample", low=1)
+    steps: int = option(16, "steps of the ODE solver per block", low=1)
+    solver: str = option("euler", "ODE solver; heun evaluates the prior twice a step", choices=SOLVERS)
+    cfg_scale: float = option(3.0, "guidance: how strongly the history steers; 1: none; 7: released", low=0.0, high=1e3)
+    temperature: float = option(0.0, "of the tokens; 0 takes the likeliest", low=0.0)
+    top_k: int = option(0, "keep the k likeliest tokens; 0 keeps all", low=0)
+    top_p: float = option(1.0, "keep the likeliest tokens of this total probability", low=0.0, high=1.0)
+    repetition_penalty: float = option(1.0, "above 1: avoid tokens of earlier blocks", low=1e-6)
+    seed: int = option(0, "seed of the noise", low=0, high=2**31)
+
+    def settings(self):
+        """These options alone, without what a script adds to them."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(SamplingOptions)}
+
+
 def flag(name):
     return "--" + name.replace("_", "-")
 
@@ -109,6 +132,18 @@ def check_range(cls, values, spelt=str):
             if (low is not None and number < low) or (high is not None and number > high):
                 allowed = f"at least {low}" if high is None else f"between {low} and {high}"
                 raise ValueError(f"{where} is out of range: it must be {allowed}")
+
+
+def check_sizes(config):
+    """Raises ValueError for a value that has not the type of its default, a count below 1, or a float like NaN."""
+    for field in dataclasses.fields(config):
+        value, wanted = getattr(config, field.name), type(field.default)
+        if type(value) is not wanted and not (wanted is float and type(value) is int):
+            raise ValueError(f"{field.name} {value!r} must be of type {wanted.__name__}")
+        if wanted is int and value < (low := field.metadata.get("low", 1)):
+            raise ValueError(f"{field.name} {value} must be at least {low}")
+        if wanted is float and not (math.isfinite(value) and (value > 0 or field.name == "shifting_factor")):
+            raise ValueError(f"{field.name} {value} must be a positive number")
 
 
 def run_script(main):

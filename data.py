@@ -7,10 +7,12 @@ Tokenizers are `tiktoken.Encoding` objects: byte-level BPE, trained on the corpu
 of tiktoken's own.  Token files are flat uint32 arrays (100,278 ids do not fit into 16 bits), memory-mapped.
 """
 
+import codecs
 import contextlib
 import functools
 import heapq
 import json
+import operator
 import re
 import sys
 import unicodedata
@@ -319,6 +321,41 @@ def decode_bytes(tokenizer, ids):
         with contextlib.suppress(KeyError):
             parts.append(tokenizer.decode_single_token_bytes(i))
     return b"".join(parts)
+
+
+def prompt_ids(tokenizer, prompts):
+    """The token ids of each prompt.  Raises ValueError if one is neither a str nor a list of ids."""
+    if not isinstance(prompts, (list, tuple)):
+        raise ValueError(f"prompts must be a list, not {type(prompts).__name__}; for one text write [text]")
+    try:
+        return [encode_prompt(tokenizer, p) if isinstance(p, str) else [operator.index(i) for i in p] for p in prompts]
+    except TypeError:
+        raise ValueError("every prompt must be a str or a list of token ids") from None
+
+
+def check_ids(ids, vocab_size):
+    for i in (i for row in ids for i in row):
+        if not 0 <= i < vocab_size:
+            raise ValueError(f"token id {i} is outside the vocabulary 0..{vocab_size - 1}")
+
+
+class Writer:
+    """What one row has said: counts its tokens, ends it at eos_id or the limit, and turns ids into text if asked."""
+
+    def __init__(self, tokenizer, eos_id, limit):
+        self.tokenizer, self.eos_id, self.left, self.done = tokenizer, eos_id, limit, False
+        self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span two blocks
+
+    def write(self, ids, last=False):
+        """The part of a block's new ids that this row still says, as ids or text; last: no block will follow."""
+        if self.done:
+            return "" if self.tokenizer else []
+        ids = ids[: self.left]
+        self.left -= len(ids)
+        self.done = last or self.left == 0
+        if self.eos_id in ids:
+            ids, self.done = ids[: ids.index(self.eos_id)], True
+        return self.utf8.decode(decode_bytes(self.tokenizer, ids), final=self.done) if self.tokenizer else ids
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -9,8 +9,7 @@ linear functions of a time embedding.  A sequence holds at most two times, 0 whe
 are noisy, so the modulation is computed once per distinct time and never per position (that would be a third of all
 block FLOPs).
 
-One part is ours and not the paper's: `Codebook`, another read-out for latents that gather around few points.  A
-configuration with n_codes = 0, the default here, is the released model.
+One part is ours and not the paper's: with n_codes above 0, a `Codebook` adds to the velocity (extras/codebook.py).
 """
 
 import math
@@ -21,7 +20,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from transformer import KVCache, apply_rope, attend, check_sizes, make_layout, rope_freqs, run_block
+from common import check_sizes
+from extras.codebook import Codebook
+from transformer import KVCache, apply_rope, attend, make_layout, rope_freqs, run_block
 
 TIME_CHANNELS = 256
 NOISY, CLEAN = 0, 1  # which time a latent has, as an index of the two of its row, [t, 0]
@@ -158,67 +159,6 @@ def one_hot(time_index, times):
 
 def modulate(x, shift, scale):
     return x * (1 + scale) + shift
-
-
-class Codebook(nn.Module):
-    """A read-out for latents that gather around K points, the codes e_k.  Not in the paper; see docs/recipe.md.
-
-    Of a mixture z0 ~ sum_k w_k N(e_k, s^2 I), seen through noise as z_t = (1 - t) z0 + t z1, everything is known.  With
-    r = t^2 + (1 - t)^2 s^2,
-
-        w_k(z_t) ~ w_k exp(((1 - t) z_t.e_k - (1 - t)^2 |e_k|^2 / 2) / r),      e = sum_k w_k(z_t) e_k
-        v = E[z1 - z0 | z_t] = (t - (1 - t) s^2) / r (z_t - (1 - t) e) - e
-
-    The network adds one number h_k to each log w_k.  It starts with h = 0, the velocity of the marginal q(z0), which a
-    plain prior takes most of a short training to find, and only has to learn what the context says.
-
-    It assumes what is true of a small VAE: the latents of a token lie in one place, wherever the token stands.  What it
-    costs in spirit: the codes are found in latents alone (`fit`), but they stand for tokens, so this prior does know
-    something of the surface."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.logits = nn.Linear(config.dim, config.n_codes)
-        self.register_buffer("codes", torch.zeros(config.n_codes, config.latent_dim))
-        self.register_buffer("share", torch.full((config.n_codes,), 1 / config.n_codes))  # w_k; 0 for codes without use
-        self.register_buffer("variance", torch.ones(()))  # s^2
-
-    def forward(self, x, z, t):
-        """x (B, n, C) features, z (B, n, d), t (B or 1, n or 1, 1) -> velocity (B, n, d), log w_k(z_t) (B, n, K)."""
-        with torch.autocast(z.device.type, enabled=False):  # r is small: the exponents need all digits
-            codes, clean, z = self.codes.float(), 1 - t, z.float()
-            r = t.square() + clean.square() * self.variance
-            nearness = clean / r * (z @ codes.T) - clean.square() / (2 * r) * codes.square().sum(-1)
-            log_w = self.logits(x.to(self.logits.weight.dtype)).float() + self.share.float().log() + nearness
-            log_w = log_w.log_softmax(-1)
-            mean = log_w.exp() @ codes  # (B, n, d)
-            return (t - clean * self.variance) / r * (z - clean * mean) - mean, log_w
-
-    def nearest(self, z0):
-        """The index of the code next to each clean latent: (..., d) -> (...)."""
-        distance = self.codes.square().sum(-1) / 2 - z0 @ self.codes.T
-        return distance.masked_fill(self.share == 0, float("inf")).argmin(-1)
-
-    @torch.no_grad()
-    def fit(self, mu, variance):
-        """k-means of posterior means mu (N, d); variance: that of the posterior, a mean over all.
-
-        Starts from the latent that is farthest from all codes so far (Gonzalez 1985), until none is farther than the
-        posterior's own noise reaches, or all codes are in use."""
-        found, distance = [mu[0]], (mu - mu[0]).square().sum(-1)
-        while len(found) < len(self.codes) and distance.max() > variance * mu.shape[1]:
-            found.append(mu[distance.argmax()])
-            distance = torch.minimum(distance, (mu - found[-1]).square().sum(-1))
-        self.codes[: len(found)] = torch.stack(found)
-        self.share.copy_(torch.arange(len(self.codes)) < len(found))
-        for _ in range(5):
-            nearest = self.nearest(mu)
-            count = nearest.bincount(minlength=len(self.codes))
-            total = torch.zeros_like(self.codes).index_add_(0, nearest, mu)
-            self.codes.copy_(torch.where(count[:, None] > 0, total / count[:, None].clamp(min=1), self.codes))
-        self.share.copy_((count + 0.5) * (self.share > 0))  # 0.5: a code that was seen once has some weight, too
-        self.share.div_(self.share.sum())
-        self.variance.copy_(variance + (mu - self.codes[nearest]).square().mean())
 
 
 class Times(NamedTuple):

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from dit import CLEAN, NOISY
-from transformer import Layout, block_mask, flex_mask
+from extras.kernels import flex_mask
+from transformer import Layout, block_mask, sees
 
 
 def sample_times(n, loc, scale, generator=None, device=None):
@@ -108,16 +109,13 @@ def training_layout(n, block_size, rope, device, flex=None):
     noisy = torch.arange(n_clean + n) >= n_clean
     block = pos // block_size
     if device.type == "cuda" if flex is None else flex:
-        return Layout(rope(pos), flex_mask(tuple(block[0].tolist()), tuple(noisy.tolist()), device))
+        return Layout(rope(pos), flex_mask(sees, tuple(block[0].tolist()), tuple(noisy.tolist()), device))
     return Layout(rope(pos), block_mask(block, block, noisy, noisy)[:, None].to(device))  # mask (1, 1, N, N)
 
 
 def guide(v_cond, v_uncond, cfg_scale):
     """Classifier-free guidance u + s (c - u), where u is the velocity of a block without its history."""
     return v_uncond + cfg_scale * (v_cond - v_uncond)
-
-
-SOLVERS = ("euler", "heun")
 
 
 def solve(velocity, z, times, solver="euler", watch=None):

@@ -11,8 +11,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from cola import ColaDLM, SamplingOptions
-from common import DTYPES, option, parse_options, pick_device, run_script, weights_dtype
+from cola import ColaDLM
+from common import DTYPES, SamplingOptions, option, parse_options, pick_device, run_script, weights_dtype
 from data import END_OF_TEXT
 from processes import collect, join_processes, n_processes, rank
 

@@ -19,10 +19,11 @@ import data
 import processes
 from common import option
 from dit import DiT, DiTConfig
+from extras.codebook import fit_codes
+from extras.kernels import compile_blocks
 from flow import flow_matching_loss, sample_times, simulated_prompts
 from released_format import find_tokenizer, load_vae, save_dit, save_vae
 from resume import LOG_EVERY, Run, saved_options
-from transformer import compile_blocks
 from vae import masked_view_loss, reconstruction_loss
 
 
@@ -73,7 +74,6 @@ PRESETS = {  # "small" is what stands above
 }  # fmt: skip
 EVAL_SEQUENCES = 128  # held-out sequences behind the figure at the end
 CODE_WEIGHT = 1.0  # of the cross-entropy of the codes, in training
-CODE_LATENTS = 1 << 16  # of the training text, in which the codes are found
 
 
 class PriorObjective(nn.Module):
@@ -146,15 +146,6 @@ def config_of(o, vae):
     return DiTConfig(dim=o.dim, n_layer=o.n_layer, n_codes=o.n_codes, **heads, **latents)
 
 
-@torch.no_grad()
-def fit_codes(codebook, vae, tokens, seq_len, device):
-    """Find the codes of a `dit.Codebook` in the latents of a text."""
-    idx = data.even_batch(tokens, CODE_LATENTS // seq_len, seq_len).to(device)
-    mu, logvar = zip(*((q.mu, q.logvar) for q in map(vae.encode, idx.split(64))), strict=True)
-    variance = 0.0 if logvar[0] is None else torch.cat(logvar).exp().mean() * vae.config.scaling_factor**2
-    codebook.fit(vae.to_dit(torch.cat(mu)).flatten(0, 1), variance)
-
-
 def main():
     options, given = common.parse_options(Options, __doc__, PRESETS)
     if options.joint and "n_codes" not in given:  # the latents would move away from their codes
@@ -184,7 +175,7 @@ def main():
     torch.manual_seed(o.seed)
     dit = DiT(config).to(device)
     if o.n_codes and not o.resume:
-        fit_codes(dit.codebook, vae, corpus.train, o.seq_len, device)
+        fit_codes(dit.codebook, vae, corpus.train, o.seq_len)
     trained = nn.ModuleDict(dict(dit=dit, vae=copy.deepcopy(vae)) if o.joint else dict(dit=dit))
     vae.requires_grad_(False)  # the frozen VAE, or the reference
     ema = copy.deepcopy(trained).requires_grad_(False)

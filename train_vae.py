@@ -15,9 +15,9 @@ import common
 import data
 import processes
 from common import option
+from extras.kernels import compile_blocks
 from released_format import find_tokenizer, save_vae
 from resume import LOG_EVERY, Run
-from transformer import compile_blocks
 from vae import TextVAE, VAEConfig, masked_view_loss, reconstruction_loss, token_accuracy
 
 

@@ -5,15 +5,14 @@ A text is cut into blocks of `block_size` latents.  Attention is bidirectional i
 a text block by block.
 """
 
-import functools
-import math
-from dataclasses import fields
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
+
+from extras.kernels import fast_flex_attention, flex_mask
 
 
 def block_mask(q_block, k_block, q_noisy=None, k_noisy=None):
@@ -37,19 +36,6 @@ def block_mask(q_block, k_block, q_noisy=None, k_noisy=None):
 def sees(q_block, k_block, q_noisy, k_noisy):
     """The rule of `block_mask`, for one pair of positions or for tensors that broadcast."""
     return (~k_noisy & (k_block < q_block)) | ((k_noisy == q_noisy) & (k_block == q_block))
-
-
-@functools.lru_cache(maxsize=16)
-def flex_mask(block, noisy, device):
-    """`block_mask` of a sequence with itself for FlexAttention, which skips what nobody sees.  Made once per shape.
-
-    block, noisy: of every position, tuples."""
-    n, block, noisy = len(block), torch.tensor(block, device=device), torch.tensor(noisy, device=device)
-
-    def visible(b, h, q, k):
-        return sees(block[q], block[k], noisy[q], noisy[k])
-
-    return create_block_mask(visible, None, None, n, n, device)
 
 
 class KVCache:
@@ -136,7 +122,7 @@ def make_layout(n, block_size, rope, device, cache=None, copies=1, flex=False):
     if block[0, 0] == block[0, -1]:  # one block, which sees itself and the whole history
         mask = None
     elif flex:
-        mask = flex_mask(tuple(block[0].tolist()), (False,) * n, device)
+        mask = flex_mask(sees, tuple(block[0].tolist()), (False,) * n, device)
     else:
         mask = block_mask(block, torch.arange(end) // block_size)[:, None].to(device)  # (1, 1, n, K)
     return Layout(rope(pos), mask, None, int(pos[0, 0]), end)
@@ -149,8 +135,7 @@ def attend(q, k, v, layout, cache=None, layer=0):
     unconditional branch of classifier-free guidance, in the same batch as the conditional one.
     """
     if isinstance(layout.mask, BlockMask):
-        flex = compiled_flex_attention() if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
-        return flex(q, k, v, block_mask=layout.mask)
+        return fast_flex_attention(q, k, v, layout.mask)
     if cache is None:
         if q.requires_grad and q.device.type == "cpu":  # training: in bf16 2 to 3 times as fast as the fused kernel
             return plain_attention(q, k, v, layout.mask)
@@ -161,12 +146,6 @@ def attend(q, k, v, layout, cache=None, layer=0):
     if len(q) > n:
         out = torch.cat([out, F.scaled_dot_product_attention(q[n:], k[n:], v[n:])])
     return out
-
-
-@functools.cache
-def compiled_flex_attention():
-    """FlexAttention is a fast kernel only if compiled; in a compiled block it is anyway."""
-    return torch.compile(flex_attention, dynamic=False)
 
 
 def plain_attention(q, k, v, mask):
@@ -197,27 +176,3 @@ def run_block(block, checkpointing, *args):
     if checkpointing and torch.is_grad_enabled():
         return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn
     return block(*args)
-
-
-def compile_blocks(model, **options):
-    """Compile all blocks of a model in place, with options of torch.compile.  Like blocks share one graph."""
-    allow_recompilation()
-    for block in model.blocks:
-        block.compile(dynamic=False, **options)
-
-
-def allow_recompilation():
-    """More shapes than PyTorch would compile for: of several lengths, batch sizes and precisions."""
-    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 4096
-
-
-def check_sizes(config):
-    """Raises ValueError for a value that has not the type of its default, a count below 1, or a float like NaN."""
-    for field in fields(config):
-        value, wanted = getattr(config, field.name), type(field.default)
-        if type(value) is not wanted and not (wanted is float and type(value) is int):
-            raise ValueError(f"{field.name} {value!r} must be of type {wanted.__name__}")
-        if wanted is int and value < (low := field.metadata.get("low", 1)):
-            raise ValueError(f"{field.name} {value} must be at least {low}")
-        if wanted is float and not (math.isfinite(value) and (value > 0 or field.name == "shifting_factor")):
-            raise ValueError(f"{field.name} {value} must be a positive number")

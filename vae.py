@@ -21,7 +21,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from transformer import KVCache, apply_rope, attend, check_sizes, make_layout, rope_freqs, run_block
+from common import check_sizes
+from transformer import KVCache, apply_rope, attend, make_layout, rope_freqs, run_block
 
 MAX_LOGITS = 1 << 26  # 256 MB in fp32; those of a long batch over 100,278 tokens would take gigabytes
 

@@ -11,7 +11,8 @@ import weakref
 import torch
 
 from cola import ColaDLM
-from transformer import KVCache, allow_recompilation
+from extras.kernels import allow_recompilation
+from transformer import KVCache
 
 STATIC_LEN = 256  # positions
 

@@ -30,10 +30,11 @@ from cola import ColaDLM
 from common import option
 from dit import DiT, rotate_interleaved
 from extras.compiled import CompiledColaDLM
+from extras.kernels import compile_blocks
 from flow import flow_matching_loss
 from measure.budget import decoder_flops, dit_flops, prior_step_flops, vae_step_flops
 from tests import reference
-from transformer import apply_rope, compile_blocks
+from transformer import apply_rope
 from vae import TextVAE
 
 # ----------------------------------------------------------------------------------------------------------------------

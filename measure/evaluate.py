@@ -23,9 +23,10 @@ import torch
 from tqdm import tqdm
 
 import data
-from cola import ColaDLM, SamplingOptions
+from cola import ColaDLM
 from common import (
     DTYPES,
+    SamplingOptions,
     check_new,
     flag,
     option,

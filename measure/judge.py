@@ -19,8 +19,8 @@ from itertools import pairwise
 import numpy as np
 
 import data
-from cola import ColaDLM, SamplingOptions
-from common import option, parse_options, pick_device, run_script
+from cola import ColaDLM
+from common import SamplingOptions, option, parse_options, pick_device, run_script
 
 JUDGED = 1 << 22  # bytes, and tokens at most, of the training text that judge and yardsticks read
 START = b"\n"  # what stands before a text that begins a document; also what <|endoftext|> becomes

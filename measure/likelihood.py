@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from cola import block_generators, check_ids, pad_rows, prompt_ids
+from cola import block_generators, pad_rows
+from data import check_ids, prompt_ids
 from flow import solve, training_layout, velocity_of_all_blocks
 from vae import Posterior
 

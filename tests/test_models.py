@@ -11,9 +11,10 @@ import released_format
 import vae
 from cola import ColaDLM
 from dit import Codebook, DiT, DiTConfig
+from extras.kernels import compile_blocks
 from flow import flow_matching_loss, sample_times, simulated_prompts, solve, training_layout, velocity_of_all_blocks
 from train_vae import Options, VAEObjective
-from transformer import Layout, block_mask, compile_blocks, make_layout
+from transformer import Layout, block_mask, make_layout
 from vae import Posterior, TextVAE, VAEConfig, masked_view_loss, rope_table
 
 BLOCK, d, V = 4, 8, 30

@@ -18,11 +18,11 @@ import train_prior
 import train_vae
 from cola import ColaDLM
 from dit import DiT, DiTConfig
+from extras.kernels import compile_blocks
 from flow import flow_matching_loss, sample_times, simulated_prompts
 from measure import judge
 from resume import Run, saved_options
 from train_vae import Options, VAEObjective
-from transformer import compile_blocks
 from vae import TextVAE, VAEConfig, token_accuracy
 
 
