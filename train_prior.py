@@ -141,7 +141,7 @@ def config_of(o, vae):
     if o.dim % (4 * o.n_head):
         raise ValueError(f"--dim {o.dim} must be a multiple of 4 times --n-head {o.n_head}")
     head_dim = o.dim // o.n_head
-    heads = dict(n_head=o.n_head, head_dim=head_dim, rope_dim=head_dim // 8 * 6)
+    heads = dict(n_head=o.n_head, head_dim=head_dim, rope_dim=head_dim * 3 // 8 * 2)
     latents = dict(latent_dim=vae.latent_dim, block_size=vae.block_size)
     return DiTConfig(dim=o.dim, n_layer=o.n_layer, n_codes=o.n_codes, **heads, **latents)
 

@@ -76,15 +76,6 @@ class Posterior:
         """mu + sigma * eps, or mu if there is no variance."""
         return self.mu if self.logvar is None else self.mu + torch.exp(0.5 * self.logvar) * eps
 
-    def log_prob(self, z):
-        """log q(z | x) in nats per latent.  (B, n)"""
-        squares = (z - self.mu).square() * torch.exp(-self.logvar)
-        return -0.5 * (squares + self.logvar + math.log(2 * math.pi)).sum(-1)
-
-    def noised(self, t):
-        """q(z_t | x), the posterior of (1 - t) z0 + t z1 with noise z1 ~ N(0, I)."""
-        return Posterior((1 - t) * self.mu, torch.log((1 - t) ** 2 * torch.exp(self.logvar) + t**2))
-
     def kl(self, other=None):
         """KL to another Posterior, or to N(0, I), in nats per latent.  (B, n)"""
         return self.kl_by_channel(other).sum(-1)

@@ -63,6 +63,17 @@ def block_sum(x, block_size):
     return F.pad(x, (0, -x.shape[1] % block_size)).unflatten(1, (-1, block_size)).sum(-1)
 
 
+def log_density(posterior, z):
+    """log q(z | x) in nats per latent.  (B, n)"""
+    squares = (z - posterior.mu).square() * torch.exp(-posterior.logvar)
+    return -0.5 * (squares + posterior.logvar + math.log(2 * math.pi)).sum(-1)
+
+
+def noised(posterior, t):
+    """q(z_t | x), the Posterior of (1 - t) z0 + t z1 with noise z1 ~ N(0, I)."""
+    return Posterior((1 - t) * posterior.mu, torch.log((1 - t) ** 2 * torch.exp(posterior.logvar) + t**2))
+
+
 class LogWeights(NamedTuple):
     """Of latents drawn from the posterior, each (K, B), in nats."""
 
@@ -133,7 +144,7 @@ def log_weights(model, ids, n_samples=1, steps=128, read_time=0.0, exact=False, 
     is_block = is_text[:, ::chunk]  # (B, n_blocks)
     posterior = model.vae.encode(idx)
     q0 = Posterior(model.vae.to_dit(posterior.mu), posterior.logvar + 2 * math.log(c.scaling_factor))
-    qt = q0.noised(read_time) if read_time > 0 else q0
+    qt = noised(q0, read_time) if read_time > 0 else q0
     row_ids = range(len(ids)) if row_ids is None else row_ids
     generators = [block_generators(seed, row_ids, b) for b in range(is_block.shape[1])]
 
@@ -148,6 +159,6 @@ def log_weights(model, ids, n_samples=1, steps=128, read_time=0.0, exact=False, 
         zt = qt.at(draw()) if read_time > 0 else z0
         log_p_x = model.vae.log_likelihood(zt, idx)  # (B, L)
         log_p_z = flow_log_prob(model.dit, z0, zt, read_time, steps, probe)  # (B, n_blocks)
-        log_q = block_sum(qt.log_prob(zt), c.block_size)  # (B, n_blocks)
+        log_q = block_sum(log_density(qt, zt), c.block_size)  # (B, n_blocks)
         terms.append([(log_p_x * is_text).sum(1), (log_p_z * is_block).sum(1), (log_q * is_block).sum(1)])
     return LogWeights(*(torch.stack(term) for term in zip(*terms, strict=True)))

@@ -159,7 +159,7 @@ def test_elbo_and_iwae_of_a_wrong_posterior(read_time):
     var = (1 - read_time) ** 2 + read_time**2  # of z_t, under the prior
     w, s = model.vae.weight, model.vae.std
     log_p = model.vae.log_marginal(x, var).item()
-    q = model.vae.encode(torch.tensor([[x]])).noised(read_time)
+    q = likelihood.noised(model.vae.encode(torch.tensor([[x]])), read_time)
     true_var = 1 / (1 / var + w**2 / s**2)
     true_mean = true_var * w * (x - model.vae.bias) / s**2
     truth = Posterior(torch.full((1, 1, 1), true_mean), torch.full((1, 1, 1), true_var).log())
