@@ -1,0 +1,192 @@
+"""The objectives by value: every term is computed again, plainly, from the same random numbers in the same order.
+
+The options have telling values, no two alike, so that none can be forgotten or mistaken for another."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import COMMON, PRIOR_SIZE, call
+from safetensors.torch import load_file
+from test_models import BLOCK, V, small_dit, small_vae
+from torch.distributions import Independent, Normal, kl_divergence
+
+import common
+import train_prior
+import train_vae
+from flow import flow_matching_loss
+
+B, L, P = 3, 4 * BLOCK, 2  # rows, tokens, tokens of a latent
+VAE_TERMS = dict(beta=0.7, mask_weight=0.3, mask_ratio=0.4, decoder_noise=0.6)
+
+
+def tokens():
+    return torch.randint(0, V - 1, (B, L), generator=torch.Generator().manual_seed(5))
+
+
+def patched_vae():
+    return small_vae(patch_size=P, scaling_factor=0.5, shifting_factor=0.1)
+
+
+def gaussian(posterior):
+    return Independent(Normal(posterior.mu, torch.exp(0.5 * posterior.logvar)), 1)
+
+
+def draw(posterior, generator):
+    return posterior.mu + torch.exp(0.5 * posterior.logvar) * torch.randn(posterior.mu.shape, generator=generator)
+
+
+def reconstruction(vae, z0, idx, generator):
+    t = VAE_TERMS["decoder_noise"] * torch.rand(B, 1, 1, generator=generator)
+    zt = (1 - t) * z0 + t * torch.randn(z0.shape, generator=generator)
+    return F.cross_entropy(vae.decode(zt).flatten(0, 1), idx.flatten())
+
+
+def masked_view(vae, idx, generator):
+    masked = torch.rand(idx.shape, generator=generator) < VAE_TERMS["mask_ratio"]
+    z = draw(vae.encode(torch.where(masked, V, idx)), generator)  # V: the extra row of the embedding
+    return F.cross_entropy(vae.decode(z)[masked], idx[masked])
+
+
+def test_stage_1_by_hand():
+    vae, idx = patched_vae(), tokens()
+    loss, terms = train_vae.VAEObjective(train_vae.Options(**VAE_TERMS), vae)(idx, torch.Generator().manual_seed(0))
+
+    generator = torch.Generator().manual_seed(0)
+    posterior = vae.encode(idx)
+    wanted = dict(reconstruction=reconstruction(vae, draw(posterior, generator), idx, generator))
+    normal = Independent(Normal(torch.zeros_like(posterior.mu), torch.ones_like(posterior.mu)), 1)
+    wanted["kl"] = kl_divergence(gaussian(posterior), normal).sum() / idx.numel()  # per token, not per latent
+    wanted["mask"] = masked_view(vae, idx, generator)
+    for name, value in wanted.items():
+        torch.testing.assert_close(terms[name], value.detach(), msg=name)
+    torch.testing.assert_close(loss, wanted["reconstruction"] + 0.7 * wanted["kl"] + 0.3 * wanted["mask"])
+
+
+def flow_matching(dit, z, o, generator):
+    """L_FM block by block, without the layout of training: each noisy block after its clean history, in the cache."""
+    n = z.shape[1]
+    t = torch.sigmoid(o.t_loc + o.t_scale * torch.randn(B, generator=generator))
+    z1 = torch.randn(z.shape, generator=generator)
+    chosen = torch.rand(B, n // BLOCK, generator=generator) < o.prompt_prob
+    length = torch.randint(1, BLOCK, chosen.shape, generator=generator)
+    errors, clean = [], z.detach()
+    for b in range(n // BLOCK):
+        block = slice(b * BLOCK, (b + 1) * BLOCK)
+        prompt = (torch.arange(BLOCK) < length[:, b, None]) & chosen[:, b, None]  # (B, BLOCK)
+        zt = (1 - t[:, None, None]) * z[:, block] + t[:, None, None] * z1[:, block]
+        zt = torch.where(prompt[..., None], clean[:, block], zt)
+        sequence = torch.cat([clean[:, : b * BLOCK], zt], 1)
+        is_clean = torch.cat([torch.ones(B, b * BLOCK, dtype=torch.bool), prompt], 1)
+        each = torch.where(is_clean, 0.0, t[:, None])  # a time of its own for every position
+        v = dit(sequence, each, torch.arange(sequence.shape[1])[None])[:, b * BLOCK :]
+        errors.append((v - (z1[:, block] - clean[:, block])).square().mean(-1)[~prompt])
+    return torch.cat(errors).mean()
+
+
+PRIOR = dict(t_loc=-0.5, t_scale=0.8, prompt_prob=0.6, n_codes=0)
+
+
+def test_stage_2_by_hand():
+    vae, dit, idx = patched_vae().requires_grad_(False), small_dit(), tokens()
+    o = train_prior.Options(**PRIOR)
+    objective = train_prior.PriorObjective(o, torch.nn.ModuleDict(dict(dit=dit)), vae)
+    loss, terms = objective(idx, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    z0 = (draw(vae.encode(idx), generator) - 0.1) * 0.5  # the DiT's units
+    torch.testing.assert_close(loss, flow_matching(dit, z0, o, generator))
+    assert terms == {} and not any(name.startswith("vae") for name, _ in objective.named_parameters())
+
+
+def test_codes_count_in_training_alone():
+    vae, dit, idx = small_vae().requires_grad_(False), small_dit(n_codes=5), tokens()
+    o = train_prior.Options(**PRIOR | dict(prompt_prob=0.0, n_codes=5))
+    objective = train_prior.PriorObjective(o, torch.nn.ModuleDict(dict(dit=dit)), vae)
+    generator = torch.Generator().manual_seed(0)
+    z0 = draw(vae.encode(idx), generator)
+    t = torch.sigmoid(-0.5 + 0.8 * torch.randn(B, generator=generator))
+    z1 = torch.randn(z0.shape, generator=generator)
+    plain, both = (flow_matching_loss(dit, z0, z1, t, code_weight=weight) for weight in (0.0, 1.0))
+    for training, wanted in [(True, both), (False, plain)]:
+        loss, _ = objective.train(training)(idx, torch.Generator().manual_seed(0))
+        torch.testing.assert_close(loss, wanted)
+
+
+def test_joint_training_by_hand():
+    """Loss, terms, and the gradient of the encoder, which reaches it through z_t but neither history nor target."""
+    vae, dit, idx = patched_vae(), small_dit(), tokens()
+    reference = copy.deepcopy(vae).requires_grad_(False)
+    for p in vae.parameters():  # no longer where it was
+        p.data += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(3))
+    o = train_prior.Options(joint=True, vae_weight=1.3, ref_weight=0.9, **PRIOR, **VAE_TERMS)
+    objective = train_prior.PriorObjective(o, torch.nn.ModuleDict(dict(dit=dit, vae=vae)), reference)
+    loss, terms = objective(idx, torch.Generator().manual_seed(0))
+
+    generator = torch.Generator().manual_seed(0)
+    posterior = vae.encode(idx)
+    z = draw(posterior, generator)
+    wanted = dict(fm=flow_matching(dit, (z - 0.1) * 0.5, o, generator))
+    wanted["reconstruction"] = reconstruction(vae, z, idx, generator)
+    wanted["entropy"] = gaussian(posterior).entropy().sum() / idx.numel()
+    wanted["mask"] = masked_view(vae, idx, generator)
+    wanted["ref"] = kl_divergence(gaussian(posterior), gaussian(reference.encode(idx))).sum() / idx.numel()
+    for name, value in wanted.items():
+        torch.testing.assert_close(terms[name], value.detach(), msg=name)
+    vae_terms = wanted["reconstruction"] - 0.7 * wanted["entropy"] + 0.3 * wanted["mask"]
+    by_hand = wanted["fm"] + 1.3 * vae_terms + 0.9 * wanted["ref"]
+    torch.testing.assert_close(loss, by_hand)
+    parameters = [vae.encoder.wte.weight, vae.encoder.final_layer.weight, vae.decoder.final_layer.weight]
+    for a, b in zip(*(torch.autograd.grad(x, parameters) for x in (loss, by_hand)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The optimizer's options
+
+
+def test_clipping():
+    """The gradient's norm is 50; clipped to 2, plain descent moves that far."""
+    for clip, wanted in [(2.0, 2.0), (0.0, 50.0), (100.0, 50.0)]:
+        p = torch.nn.Parameter(torch.zeros(2))
+        p.grad = torch.tensor([30.0, 40.0])
+        optimizer = common.Optimizers([torch.optim.SGD([dict(params=[p], lr_ratio=1.0)], lr=0.0)])
+        common.optimizer_step(optimizer, 1.0, clip)
+        assert p.detach().norm().item() == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_weight_decay_of_matrices_alone_at_the_rate_of_their_part(name):
+    """Without a gradient, a step multiplies what is decayed by 1 - lr ratio decay."""
+    fast, slow = small_vae(), small_dit()
+    optimizer = common.make_optimizer([(fast, 1.0), (slow, 0.25)], name, 0.1)
+    for model, ratio in [(fast, 1.0), (slow, 0.25)]:
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+            p.before, p.factor = p.detach().clone(), 1 - 0.02 * ratio * 0.1 if p.dim() > 1 else 1.0
+    common.optimizer_step(optimizer, 0.02, 1.0)
+    for p in [*fast.parameters(), *slow.parameters()]:
+        torch.testing.assert_close(p.detach(), p.before * p.factor, atol=1e-7, rtol=1e-6)
+
+
+def test_a_gradient_moves_each_part_at_its_own_rate():
+    for name in ("adamw", "muon"):
+        models = [small_dit(), small_dit()]
+        optimizer = common.make_optimizer([(models[0], 1.0), (models[1], 0.25)], name, 0.0)
+        before = [p.detach().clone() for p in models[0].parameters()]
+        for model in models:
+            for i, p in enumerate(model.parameters()):
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+        common.optimizer_step(optimizer, 0.01, 0.0)
+        for old, p, q in zip(before, *(model.parameters() for model in models), strict=True):
+            torch.testing.assert_close(4 * (q - old), p - old, atol=2e-6, rtol=1e-3)
+
+
+def test_the_learning_rate_of_the_vae(trained, tmp_path, monkeypatch):
+    call(train_prior.main, f"--vae {trained}/runs/vae --joint --vae-lr-ratio 0 --ema 0 {PRIOR_SIZE} {COMMON} --steps 2",
+         monkeypatch, tmp_path)  # fmt: skip
+    folders = trained / "runs" / "vae", tmp_path / "runs" / "cola"
+    before, after = (load_file(folder / "cola_vae" / "model.safetensors") for folder in folders)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert math.isfinite(sum(value.sum().item() for value in after.values()))
