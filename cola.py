@@ -1,10 +1,10 @@
 """Cola DLM: p(x, z0) = p_theta(x | z0) p_psi(z0) (Eq. 2.1.1), a Text VAE and a block-causal DiT prior together.
 
 Generation (section 2.2.3 of the paper): encode the prompt; then, block by block, carry Gaussian noise to latents with
-an ODE solver and decode the finished block once.  The prior decides what is said, the decoder how it is spelt.
+an ODE solver and decode the finished block once.  The prior decides the content, the decoder the tokens.
 
-A block costs one pass of the prior for each step of the solver, with and without history in one batch, one more at
-t = 0, and one pass of the decoder, whatever its number of tokens.
+A block costs one pass of the prior for each step of the solver (two with Heun), with and without history in one batch,
+one more at t = 0 if another block follows, and one pass of the decoder, whatever its number of tokens.
 """
 
 from dataclasses import dataclass, field
@@ -35,7 +35,7 @@ def penalise(logits, seen, penalty):
 
 def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0):
     """Divide by the temperature, then keep the top_k largest logits (ties included; 0: all), then the smallest set of
-    tokens whose probability reaches top_p (0 or 1: all).  The others become -inf.  logits (..., V)"""
+    tokens whose probability exceeds top_p (0 or 1: all).  The others become -inf.  logits (..., V)"""
     logits = logits / temperature
     if top_k > 0:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
@@ -141,7 +141,7 @@ class ColaDLM(nn.Module):
         max_new_tokens, eos_id: a row needs no other block once it has so many new tokens, or this one.  Rows that are
         finished leave the batch together, when they are a quarter of it.
         steps, solver: of the ODE from noise to latent, "euler" or "heun" (two evaluations a step).
-        cfg_scale: guidance u + s (c - u) of the block with its history over the block without; 1 skips the second.
+        cfg_scale: guidance u + s (c - u) of the block with its history over the block without; 1 disables guidance.
         temperature: 0 takes the likeliest token at each position; otherwise top_k and top_p apply (0 and 1: off).
         repetition_penalty: as released, the ids that count are the model's own predictions of earlier blocks.
         pad_id: fills the prompt's last block for the encoder (where, in the released model, it matters); default the
@@ -272,7 +272,7 @@ class ColaDLM(nn.Module):
 
     @torch.no_grad()
     def append(self, state, z):
-        """Make the block z, decoded before with state.vae_cache, part of the history.
+        """Make the block z part of the history.  It has to be decoded first, with state.vae_cache: that fills the cache.
 
         One more pass, at t = 0: the keys in the cache are those of the solver's last step, when z was not yet final."""
         layout = self.dit.layout(z.shape[1], self.device, state.dit_cache)
@@ -282,7 +282,7 @@ class ColaDLM(nn.Module):
         state.is_known, state.known_z, state.n_known = None, None, [0] * len(state.rows)
 
     def times(self, state, t):
-        """The `dit.Times` of [t, 0], once for all blocks: for each step anew they would be a third of the work."""
+        """The `dit.Times` of [t, 0], once for all blocks: recomputing them in each step would be a third of the work."""
         if t not in state.times:
             state.times[t] = self.dit.times(torch.tensor([[t, 0.0]], device=self.device))
         return state.times[t]
@@ -303,8 +303,8 @@ class Generation:
     dit_cache: KVCache  # the finished blocks, as the prior sees them
     vae_cache: KVCache  # and as the decoder does
     n_blocks: int  # room in both
-    n_known: list  # tokens of each row that the prompt has of the next block
-    is_known: torch.Tensor | None = None  # bool (B, block_size): their latents
+    n_known: list  # of each row: prompt tokens inside the next block
+    is_known: torch.Tensor | None = None  # bool (B, block_size): latents of those tokens
     known_z: torch.Tensor | None = None  # (B, block_size, d), in the units of the DiT
     times: dict = field(default_factory=dict)  # of the solver: {t: Times of [t, 0]}
 

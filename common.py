@@ -1,6 +1,6 @@
 """What the scripts share: command line, device and precision, optimizer and schedule, files.
 
-Nothing in here knows about the model."""
+Nothing in here imports the model."""
 
 import argparse
 import dataclasses

@@ -44,6 +44,8 @@ def documents(source):
     cannot be read."""
     for name in source:
         if name in BUILT_IN:
+            if Path(name).exists():
+                raise ValueError(f"{name} is a text that comes with Python, and also a file or folder: write ./{name}")
             yield from BUILT_IN[name]()
             continue
         path = Path(name)

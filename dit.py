@@ -114,7 +114,7 @@ class MLP(nn.Module):
 
 
 def modulation_layer(dim, n_out):
-    """One of adaLN-Zero's linear maps from the time embedding to `n_out` vectors of width C, zero at the start."""
+    """One of adaLN-Zero's linear maps from the time embedding to `n_out` vectors of width C; see `DiT.init_weights`."""
     return nn.Sequential(nn.SiLU(), nn.Linear(dim, n_out * dim))
 
 
@@ -187,7 +187,7 @@ class DiT(nn.Module):
 
     def init_weights(self):
         """Xavier for linear layers.  Zero for every modulation layer, so that each block starts as the identity, and
-        for the output layer, so that a new model predicts a velocity of 0."""
+        for the output layer, so that a new model predicts 0 (with codes, the velocity of the marginal)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

@@ -21,7 +21,7 @@ from transformer import Layout, block_mask, sees
 def sample_times(n, loc, scale, generator=None, device=None):
     """Logit-normal times t = sigmoid(N(loc, scale)), one for each of n sequences.  (n,)
 
-    With loc 1 the median is 0.73: it is at high noise that the text is decided.  The more channels a latent has, the
+    With loc 1 the median is 0.73: high noise decides which text appears.  The more channels a latent has, the
     longer it can be told apart in noise, and the higher loc should be."""
     return torch.sigmoid(loc + scale * torch.randn(n, generator=generator, device=device))
 
@@ -30,7 +30,7 @@ def simulated_prompts(B, n, block_size, probability, generator=None, device=None
     """Latents that play the part of a prompt: with `probability`, a block keeps a random proper prefix clean.
 
     Generation from a prompt that ends inside a block starts like that; but there the encoder saw padding in the rest of
-    the block, here it saw the text that is to be found.  Returns bool (B, n)."""
+    the block, here it saw the target text.  No effect on blocks of one latent.  Returns bool (B, n)."""
     n_blocks = -(-n // block_size)
     chosen = torch.rand(B, n_blocks, generator=generator, device=device) < probability
     length = torch.randint(1, max(block_size, 2), chosen.shape, generator=generator, device=device)
@@ -43,11 +43,11 @@ def flow_matching_loss(dit, z0, z1, t, prompt=None, valid=None, code_weight=0.0)
 
     z0 (B, n, d) clean latents; z1 (B, n, d) noise; t (B,) times.
     prompt: bool (B, n), latents that stay clean and carry no loss; valid: bool (B, n), False on padding, which carries
-    none either.  Returns the mean squared velocity error per channel, a scalar.
-    code_weight: for a prior with a `dit.Codebook`, adds so many times -log w(z_t) of the code next to z0, in nats per
-    latent.  Both have the same minimum, the true distribution of codes, but the logarithm is found faster.
+    none either.  Returns the mean squared velocity error per channel, a scalar, plus the following.
+    code_weight: for a prior with a `Codebook`, adds code_weight times -log w(z_t) of the code nearest to z0, in nats
+    per latent.  Both have the same minimum, the true distribution of codes, but the logarithm is found faster.
 
-    History and target are constants.  In joint training the gradient reaches the encoder through z_t alone: it could
+    History and target are constants.  In joint training the gradient reaches the encoder through z_t alone: otherwise it could
     lower the loss by moving its own target, or by writing into the history what the next block will be.
 
     No condition is ever dropped for guidance: the first block of every row has no history, and trains the unconditional
@@ -59,7 +59,7 @@ def flow_matching_loss(dit, z0, z1, t, prompt=None, valid=None, code_weight=0.0)
 
 
 def velocity_error(dit, z0, z1, t, is_clean=None, code_weight=0.0):
-    """(v - (z1 - z0))^2 at z_t, the mean over channels: (B, n).  is_clean: the prompt of `flow_matching_loss`."""
+    """(v - (z1 - z0))^2 at z_t, the mean over channels: (B, n).  Options as in `flow_matching_loss`, is_clean its prompt."""
     clean = z0.detach()
     zt = torch.lerp(z0, z1, t[:, None, None])
     if is_clean is not None:
@@ -108,7 +108,8 @@ def training_layout(n, block_size, rope, device, flex=None):
     pos = torch.cat([torch.arange(n_clean), torch.arange(n)])[None]
     noisy = torch.arange(n_clean + n) >= n_clean
     block = pos // block_size
-    if device.type == "cuda" if flex is None else flex:
+    flex = device.type == "cuda" if flex is None else flex
+    if flex:
         return Layout(rope(pos), flex_mask(sees, tuple(block[0].tolist()), tuple(noisy.tolist()), device))
     return Layout(rope(pos), block_mask(block, block, noisy, noisy)[:, None].to(device))  # mask (1, 1, N, N)
 

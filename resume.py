@@ -105,7 +105,7 @@ class Run:
         with replacing(self.state_folder / "run.json") as temporary:
             temporary.write_text(json.dumps(content) + "\n")
         for other in self.state_folder.parent.iterdir():
-            if other != self.state_folder:
+            if other != self.state_folder and other.name.isdigit() and other.is_dir():  # nothing that is not ours
                 shutil.rmtree(other)
         with replacing(self.folder / "log.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in self.log))
@@ -113,7 +113,7 @@ class Run:
 
 def last_state(folder):
     """Step and run.json of the last complete state in the folder of a run; 0 and None if there is none."""
-    steps = [int(file.parent.name) for file in Path(folder).glob("training/*/run.json")]
+    steps = [int(file.parent.name) for file in Path(folder).glob("training/*/run.json") if file.parent.name.isdigit()]
     if not steps:
         return 0, None
     file = Path(folder) / "training" / str(max(steps)) / "run.json"
@@ -132,7 +132,7 @@ def saved_options(folder):
 
 @contextmanager
 def plain_errors(kind, message):
-    """Failures of torch.distributed.checkpoint, which are no Exceptions, as one of this kind."""
+    """Failures of torch.distributed.checkpoint, which do not derive from Exception, as one of this kind."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it is, with a single process

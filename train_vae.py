@@ -65,7 +65,7 @@ EVAL_SEQUENCES = 128  # held-out sequences behind the figure at the end
 
 
 class VAEObjective(nn.Module):
-    """The stage-1 objective (Eq. 2.2.1) as a forward pass, since it is there that DDP and FSDP act."""
+    """The stage-1 objective (Eq. 2.2.1) as a forward pass, because DDP and FSDP hook into that."""
 
     def __init__(self, o, vae):
         super().__init__()
@@ -142,7 +142,7 @@ def main():
             lr = common.learning_rate(step, o.steps, o.warmup, o.lr, o.final_lr)
             parts, passes = common.parts_of_batch(idx, rows, o.seed, step), []
             for part, generator in parts:
-                objective.require_backward_grad_sync = len(passes) == len(parts) - 1  # DDP averages gradients but once
+                objective.require_backward_grad_sync = len(passes) == len(parts) - 1  # DDP averages gradients once a step
                 with amp:
                     loss, terms = objective(part, generator)
                 (loss / len(parts)).backward()

@@ -41,7 +41,7 @@ def sees(q_block, k_block, q_noisy, k_noisy):
 class KVCache:
     """Rotated keys and values of the history, allocated once for `max_len` positions a row.
 
-    Rows may have histories of different lengths (`length`, kept on the CPU so that asking never waits for the GPU).
+    Rows may have histories of different lengths (`length`, kept on the CPU, so reading it never synchronises with a GPU).
     A forward pass writes its own keys and values behind the history of each row; they are scratch, overwritten by the
     next pass, until `commit` makes them part of the history.  That is how the steps of an ODE solver reuse one cache.
     """
@@ -149,7 +149,7 @@ def attend(q, k, v, layout, cache=None, layer=0):
 
 
 def plain_attention(q, k, v, mask):
-    """What `attend` computes, as three matrix products."""
+    """What `attend` computes, as two matrix products and a softmax."""
     scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (B, H, L, L)
     if mask is not None:
         scores = scores + torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, float("-inf"))

@@ -1,34 +1,34 @@
-"""Ours, not the paper's: a read-out for latents that gather around few points.  docs/recipe.md tells its worth."""
+"""Ours, not the paper's: a read-out for latents that gather around few points.  docs/recipe.md measures the benefit."""
 
 import torch
 import torch.nn as nn
 
 from data import even_batch
 
-CODE_LATENTS = 1 << 16  # of the training text, in which the codes are found
+CODE_TOKENS = 1 << 16  # of the training text, in whose latents the codes are found
 
 
 class Codebook(nn.Module):
     """A read-out for latents that gather around K points, the codes e_k.
 
-    Of a mixture z0 ~ sum_k w_k N(e_k, s^2 I), seen through noise as z_t = (1 - t) z0 + t z1, everything is known.  With
+    Of a mixture, z0 drawn from sum_k w_k N(e_k, s^2 I), seen through noise as z_t = (1 - t) z0 + t z1, everything is known.  With
     r = t^2 + (1 - t)^2 s^2,
 
-        w_k(z_t) ~ w_k exp(((1 - t) z_t.e_k - (1 - t)^2 |e_k|^2 / 2) / r),      e = sum_k w_k(z_t) e_k
+        w_k(z_t) = const w_k exp(((1 - t) z_t.e_k - (1 - t)^2 |e_k|^2 / 2) / r),      e = sum_k w_k(z_t) e_k
         v = E[z1 - z0 | z_t] = (t - (1 - t) s^2) / r (z_t - (1 - t) e) - e
 
     The network adds one number h_k to each log w_k.  It starts with h = 0, the velocity of the marginal q(z0), which a
     plain prior takes most of a short training to find, and only has to learn what the context says.
 
-    It assumes what is true of a small VAE: the latents of a token lie in one place, wherever the token stands.  What it
-    costs in spirit: the codes are found in latents alone (`fit`), but they stand for tokens, so this prior does know
+    It assumes what is true of a small VAE: the latents of a token lie in one place, wherever the token stands.  The
+    conceptual price: the codes are found in latents alone (`fit`), but they stand for tokens, so this prior does know
     something of the surface."""
 
     def __init__(self, config):
         super().__init__()
         self.logits = nn.Linear(config.dim, config.n_codes)
         self.register_buffer("codes", torch.zeros(config.n_codes, config.latent_dim))
-        self.register_buffer("share", torch.full((config.n_codes,), 1 / config.n_codes))  # w_k; 0 for codes without use
+        self.register_buffer("share", torch.full((config.n_codes,), 1 / config.n_codes))  # w_k; 0 for unused codes
         self.register_buffer("variance", torch.ones(()))  # s^2
 
     def forward(self, x, z, t):
@@ -43,8 +43,9 @@ class Codebook(nn.Module):
             return (t - clean * self.variance) / r * (z - clean * mean) - mean, log_w
 
     def nearest(self, z0):
-        """The index of the code next to each clean latent: (..., d) -> (...)."""
-        distance = self.codes.square().sum(-1) / 2 - z0 @ self.codes.T
+        """The index of the code nearest to each clean latent: (..., d) -> (...)."""
+        with torch.autocast(z0.device.type, enabled=False):
+            distance = self.codes.square().sum(-1) / 2 - z0.float() @ self.codes.float().T
         return distance.masked_fill(self.share == 0, float("inf")).argmin(-1)
 
     @torch.no_grad()
@@ -72,7 +73,7 @@ class Codebook(nn.Module):
 @torch.no_grad()
 def fit_codes(codebook, vae, tokens, seq_len):
     """Find the codes in the latents of a text, a token file."""
-    idx = even_batch(tokens, CODE_LATENTS // seq_len, seq_len).to(codebook.codes.device)
+    idx = even_batch(tokens, max(CODE_TOKENS // seq_len, 1), seq_len).to(codebook.codes.device)
     mu, logvar = zip(*((q.mu, q.logvar) for q in map(vae.encode, idx.split(64))), strict=True)
     variance = 0.0 if logvar[0] is None else torch.cat(logvar).exp().mean() * vae.config.scaling_factor**2
     codebook.fit(vae.to_dit(torch.cat(mu)).flatten(0, 1), variance)

@@ -1,6 +1,6 @@
 """How fast is this, and how close to what the machine allows?
 
-    python -m measure.bench                          # sizes of the default run, with blocks of 16
+    python -m measure.bench                          # sizes of the default run, with blocks of 16, no codes
     python -m measure.bench --preset 2b --device cuda
     python -m measure.bench --compare before.json    # beside a run before a change: ratios of the times
 

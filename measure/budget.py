@@ -150,6 +150,7 @@ def main():
         report(o, train_vae.config_of(o))
     elif stage == "prior":
         o, given = parse_options(PriorOptions, __doc__, train_prior.PRESETS, argv)
+        o.n_codes = 0 if o.joint else o.n_codes  # as train_prior.py has it
         vae = VAEConfig() if o.preset == "2b" and "vae" not in given else load_vae_config(o.vae)
         report(o, vae, train_prior.config_of(o, vae))
     else:

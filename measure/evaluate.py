@@ -5,7 +5,7 @@
     python -m measure.evaluate --score lambada.jsonl mmlu.jsonl           # score generations that exist already
     torchrun --nproc_per_node=8 -m measure.evaluate                       # on 8 devices, and so with --tasks
 
-Each diagnostic asks after one part.  Reconstruction: does the decoder recover the text from the latents?  Compression:
+Each diagnostic tests one part.  Reconstruction: does the decoder recover the text from the latents?  Compression:
 how much do the latents hold?  Prior fit: does the prior match the latents?  Last comes what they make together, the
 likelihood.  Every figure has a standard error by the delete-a-group jackknife over sequences (one formula for means and
 for everything that is none), and says on how many sequences it rests.
