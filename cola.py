@@ -272,7 +272,7 @@ class ColaDLM(nn.Module):
 
     @torch.no_grad()
     def append(self, state, z):
-        """Make the block z part of the history.  It has to be decoded first, with state.vae_cache: that fills the cache.
+        """Make the block z part of the history.  Decode it first, with state.vae_cache: that fills the cache.
 
         One more pass, at t = 0: the keys in the cache are those of the solver's last step, when z was not yet final."""
         layout = self.dit.layout(z.shape[1], self.device, state.dit_cache)
@@ -282,7 +282,7 @@ class ColaDLM(nn.Module):
         state.is_known, state.known_z, state.n_known = None, None, [0] * len(state.rows)
 
     def times(self, state, t):
-        """The `dit.Times` of [t, 0], once for all blocks: recomputing them in each step would be a third of the work."""
+        """The `dit.Times` of [t, 0], once for all blocks: computed in each step, they would be a third of the work."""
         if t not in state.times:
             state.times[t] = self.dit.times(torch.tensor([[t, 0.0]], device=self.device))
         return state.times[t]

@@ -47,8 +47,8 @@ def flow_matching_loss(dit, z0, z1, t, prompt=None, valid=None, code_weight=0.0)
     code_weight: for a prior with a `Codebook`, adds code_weight times -log w(z_t) of the code nearest to z0, in nats
     per latent.  Both have the same minimum, the true distribution of codes, but the logarithm is found faster.
 
-    History and target are constants.  In joint training the gradient reaches the encoder through z_t alone: otherwise it could
-    lower the loss by moving its own target, or by writing into the history what the next block will be.
+    History and target are constants.  In joint training the gradient reaches the encoder through z_t alone: otherwise
+    it could lower the loss by moving its own target, or by writing into the history what the next block will be.
 
     No condition is ever dropped for guidance: the first block of every row has no history, and trains the unconditional
     velocity."""
@@ -59,7 +59,7 @@ def flow_matching_loss(dit, z0, z1, t, prompt=None, valid=None, code_weight=0.0)
 
 
 def velocity_error(dit, z0, z1, t, is_clean=None, code_weight=0.0):
-    """(v - (z1 - z0))^2 at z_t, the mean over channels: (B, n).  Options as in `flow_matching_loss`, is_clean its prompt."""
+    """(v - (z1 - z0))^2 at z_t, the mean over channels: (B, n).  Options: of `flow_matching_loss`; is_clean: prompt."""
     clean = z0.detach()
     zt = torch.lerp(z0, z1, t[:, None, None])
     if is_clean is not None:

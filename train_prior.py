@@ -37,7 +37,7 @@ class Options(common.TrainingOptions):  # which adds seed, device, resume and th
     dim: int = option(192, "width", low=1)
     n_head: int = option(2, "attention heads", low=1)
     n_layer: int = option(4, "transformer layers", low=1)
-    n_codes: int = option(512, "codes of the mixture read-out, at most (extras/codebook.py); 0: the paper's prior", low=0)
+    n_codes: int = option(512, "codes of the read-out, at most (extras/codebook.py); 0: the paper's prior", low=0)
     # objective
     t_loc: float = option(1.0, "times are sigmoid(N(t_loc, t_scale)); the paper: 1 for d = 16, 1.7 for 64, 2.3 for 128")
     t_scale: float = option(1.0, "see t_loc", low=0.0)
@@ -109,7 +109,7 @@ class PriorObjective(nn.Module):
         # Joint training (Eq. 2.2.3).  In the VAE's KL, the prior has taken the place of N(0, I): of the two parts of
         # KL(q || prior), the cross-entropy is what L_FM stands for, and the posterior's entropy remains: without it the
         # posterior would shrink to a point, which is the easiest to predict.
-        reconstruction = reconstruction_loss(vae, z, idx, o.decoder_noise, generator)  # without it, z0 would forget the text
+        reconstruction = reconstruction_loss(vae, z, idx, o.decoder_noise, generator)  # or z0 may forget the text
         entropy = posterior.entropy().mean() / vae.config.patch_size
         mask = masked_view_loss(vae, idx, o.mask_ratio, generator) if o.mask_weight > 0 else torch.zeros_like(fm)
         with torch.no_grad():
@@ -220,7 +220,7 @@ def main():
             lr = common.learning_rate(step, o.steps, o.warmup, o.lr, o.final_lr)
             parts, passes = common.parts_of_batch(idx, rows, o.seed, step), []
             for part, generator in parts:
-                objective.require_backward_grad_sync = len(passes) == len(parts) - 1  # DDP averages gradients once a step
+                objective.require_backward_grad_sync = len(passes) == len(parts) - 1  # DDP averages once a step
                 with amp:
                     loss, terms = objective(part, generator)
                 (loss / len(parts)).backward()

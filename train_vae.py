@@ -142,7 +142,7 @@ def main():
             lr = common.learning_rate(step, o.steps, o.warmup, o.lr, o.final_lr)
             parts, passes = common.parts_of_batch(idx, rows, o.seed, step), []
             for part, generator in parts:
-                objective.require_backward_grad_sync = len(passes) == len(parts) - 1  # DDP averages gradients once a step
+                objective.require_backward_grad_sync = len(passes) == len(parts) - 1  # DDP averages once a step
                 with amp:
                     loss, terms = objective(part, generator)
                 (loss / len(parts)).backward()

@@ -41,7 +41,7 @@ def sees(q_block, k_block, q_noisy, k_noisy):
 class KVCache:
     """Rotated keys and values of the history, allocated once for `max_len` positions a row.
 
-    Rows may have histories of different lengths (`length`, kept on the CPU, so reading it never synchronises with a GPU).
+    Rows may have histories of different lengths (`length`, kept on the CPU, so reading it never waits for a GPU).
     A forward pass writes its own keys and values behind the history of each row; they are scratch, overwritten by the
     next pass, until `commit` makes them part of the history.  That is how the steps of an ODE solver reuse one cache.
     """

@@ -11,7 +11,7 @@ CODE_TOKENS = 1 << 16  # of the training text, in whose latents the codes are fo
 class Codebook(nn.Module):
     """A read-out for latents that gather around K points, the codes e_k.
 
-    Of a mixture, z0 drawn from sum_k w_k N(e_k, s^2 I), seen through noise as z_t = (1 - t) z0 + t z1, everything is known.  With
+    Let z0 be drawn from the mixture sum_k w_k N(e_k, s^2 I).  Of z_t = (1 - t) z0 + t z1 everything is known then; with
     r = t^2 + (1 - t)^2 s^2,
 
         w_k(z_t) = const w_k exp(((1 - t) z_t.e_k - (1 - t)^2 |e_k|^2 / 2) / r),      e = sum_k w_k(z_t) e_k
