@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import COMMON, PRIOR_SIZE, call
+from conftest import COMMON, PRIOR_SIZE, VAE_SIZE, call
 from safetensors.torch import load_file
 from test_models import BLOCK, V, small_dit, small_vae
 from torch.distributions import Independent, Normal, kl_divergence
@@ -147,13 +147,13 @@ def test_joint_training_by_hand():
 
 
 def test_clipping():
-    """The gradient's norm is 50; clipped to 2, plain descent moves that far."""
+    """The gradient's norm over both groups is 50; clipped to 2, plain descent moves that far."""
     for clip, wanted in [(2.0, 2.0), (0.0, 50.0), (100.0, 50.0)]:
-        p = torch.nn.Parameter(torch.zeros(2))
-        p.grad = torch.tensor([30.0, 40.0])
-        optimizer = common.Optimizers([torch.optim.SGD([dict(params=[p], lr_ratio=1.0)], lr=0.0)])
-        common.optimizer_step(optimizer, 1.0, clip)
-        assert p.detach().norm().item() == pytest.approx(wanted, rel=1e-4)
+        parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+        parameters[0].grad, parameters[1].grad = torch.tensor([30.0]), torch.tensor([40.0])
+        groups = [dict(params=[p], lr_ratio=1.0) for p in parameters]
+        common.optimizer_step(common.Optimizers([torch.optim.SGD(groups, lr=0.0)]), 1.0, clip)
+        assert torch.cat(parameters).detach().norm().item() == pytest.approx(wanted, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -190,3 +190,22 @@ def test_the_learning_rate_of_the_vae(trained, tmp_path, monkeypatch):
     before, after = (load_file(folder / "cola_vae" / "model.safetensors") for folder in folders)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert math.isfinite(sum(value.sum().item() for value in after.values()))
+    dit = load_file(folders[1] / "cola_dit" / "model.safetensors")
+    assert dit["txt_out.proj.weight"].any()  # zero at the start: the prior itself has learned
+
+
+@pytest.mark.parametrize("script", ["vae", "prior"])
+def test_the_scripts_hand_on_clipping_and_decay(script, trained, text, tmp_path, monkeypatch):
+    seen, real_step = [], common.optimizer_step
+
+    def watched_step(optimizer, lr, clip):
+        seen.append((clip, {group["weight_decay"] for group in optimizer.param_groups}))
+        real_step(optimizer, lr, clip)
+
+    monkeypatch.setattr(common, "optimizer_step", watched_step)
+    main, source = {
+        "vae": (train_vae.main, f"--data {text} --vocab-size 300 {VAE_SIZE}"),
+        "prior": (train_prior.main, f"--vae {trained}/runs/vae --n-codes 0 {PRIOR_SIZE}"),
+    }[script]
+    call(main, f"{source} {COMMON} --steps 1 --clip 0.37 --weight-decay 0.07", monkeypatch, tmp_path)
+    assert seen == [(0.37, {0.07, 0.0})]  # 0: of vectors
