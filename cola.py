@@ -7,6 +7,7 @@ A block costs one pass of the prior for each step of the solver (two with Heun),
 one more at t = 0 if another block follows, and one pass of the decoder, whatever its number of tokens.
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -104,24 +105,25 @@ class ColaDLM(nn.Module):
         prompts: list of str or of lists of token ids, of any lengths; an empty one asks for unconditional text.
         max_new_tokens: at most so many for each prompt.
         eos_id: a row ends before this token; None: nothing ends it early.
-        options: those of `blocks`, which does the work.  Raises ValueError for options out of range, for ids outside
-        the vocabulary, and for text without a tokenizer.
+        options: those of `generate_blocks`, which does the work.  Raises ValueError for options out of range, for ids
+        outside the vocabulary, and for text without a tokenizer.
 
         Where the released code surprises a user, this does not: it cuts at the end-of-text token if told which it is,
         ends rows one by one, never counts prompt positions as new tokens, stops at max_new_tokens rather than at the
         next full block, takes empty prompts, and makes no cache entry for a last block that nobody reads."""
         ids = prompt_ids(self.tokenizer, prompts)
         writers = [Writer(self.tokenizer if isinstance(p, str) else None, eos_id, max_new_tokens) for p in prompts]
-        for block in self.blocks(ids, max_new_tokens, eos_id, **options):
+        for block in self.generate_blocks(ids, max_new_tokens, eos_id, **options):
             new = dict(zip(block.rows, block.new, strict=True))
             yield [writer.write(new.get(row, []), block.last) for row, writer in enumerate(writers)]
 
     @torch.no_grad()
-    def blocks(
+    def generate_blocks(
         self,
         ids,
         max_new_tokens=64,
         eos_id=None,
+        block_size=0,
         steps=16,
         cfg_scale=7.0,
         solver="euler",
@@ -140,6 +142,7 @@ class ColaDLM(nn.Module):
         ids: a list of token ids for every row.
         max_new_tokens, eos_id: a row needs no other block once it has so many new tokens, or this one.  Rows that are
         finished leave the batch together, when they are a quarter of it.
+        block_size: latents per block; 0: the prior's own.  A prior trained with several sizes writes with each.
         steps, solver: of the ODE from noise to latent, "euler" or "heun" (two evaluations a step).
         cfg_scale: guidance u + s (c - u) of the block with its history over the block without; 1 disables guidance.
         temperature: 0 takes the likeliest token at each position; otherwise top_k and top_p apply (0 and 1: off).
@@ -155,16 +158,17 @@ class ColaDLM(nn.Module):
         shifted and scaled; and with patch_size 2 the second half of an odd prompt's last latent, which was encoded with
         padding there, is decoded like a new token (or, where it ends a block, passed over).
         """
-        numbers = dict(max_new_tokens=max_new_tokens, steps=steps, cfg_scale=cfg_scale, solver=solver, seed=seed)
-        numbers |= dict(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
-        check_range(SamplingOptions, numbers)
+        numbers = dict(max_new_tokens=max_new_tokens, block_size=block_size, steps=steps, solver=solver, seed=seed)
+        numbers |= dict(cfg_scale=cfg_scale, temperature=temperature, top_k=top_k, top_p=top_p)
+        check_range(SamplingOptions, numbers | dict(repetition_penalty=repetition_penalty))
         c = self.vae.config
-        shape, chunk = (c.block_size, c.latent_dim), c.block_size * c.patch_size
+        block_size = block_size or self.dit.config.block_size
+        shape, chunk = (block_size, c.latent_dim), block_size * c.patch_size
         if not ids:
             return
         row_ids = list(range(len(ids)) if row_ids is None else row_ids)
         left = [max_new_tokens] * len(ids)  # new tokens that each row still needs
-        state = self.prefill(ids, max_new_tokens, pad_id)
+        state = self.prefill(ids, max_new_tokens, pad_id, block_size)
         n_blocks = state.n_blocks
         if noise is not None:
             noise = torch.as_tensor(noise)
@@ -210,11 +214,11 @@ class ColaDLM(nn.Module):
         return going if len(going) <= 0.75 * n else list(range(n))
 
     @torch.no_grad()
-    def prefill(self, ids, max_new_tokens=64, pad_id=None):
+    def prefill(self, ids, max_new_tokens=64, pad_id=None, block_size=0):
         """The `Generation` of prompts, with room for max_new_tokens.  ids: a list of token ids for every row, which may
         be empty.  Raises ValueError for ids outside the vocabulary."""
         c = self.vae.config
-        block_size, p = c.block_size, c.patch_size
+        block_size, p = block_size or self.dit.config.block_size, c.patch_size
         pad_id = c.vocab_size - 1 if pad_id is None else pad_id
         check_ids(ids + [[pad_id]], c.vocab_size)
 
@@ -231,10 +235,12 @@ class ColaDLM(nn.Module):
             return state
 
         # The mean, not a sample: a prompt is known, and this is the likeliest latent of it.
-        prompt_z = self.vae.to_dit(self.vae.encode(pad_rows(ids, block_size * p, pad_id, self.device)).mu)  # (B, n, d)
+        padded = pad_rows(ids, math.lcm(c.block_size, block_size) * p, pad_id, self.device)
+        prompt_z = self.vae.to_dit(self.vae.encode(padded).mu)  # (B, n, d)
         if n_history.any():
             history = prompt_z[:, : int(n_history.max())]
-            self.dit(history, torch.zeros(1, device=self.device), cache=state.dit_cache)
+            layout = self.dit.layout(history.shape[1], self.device, state.dit_cache, block_size=block_size)
+            self.dit(history, torch.zeros(1, device=self.device), None, layout, state.dit_cache)
             self.vae.decode(history, state.vae_cache)
             state.dit_cache.commit(n_history)
             state.vae_cache.commit(n_history)
@@ -257,37 +263,37 @@ class ColaDLM(nn.Module):
         guided = (cache.length > 0) & (cfg_scale != 1)
         copies = 2 if guided.any() else 1
         scale = torch.where(guided, cfg_scale, 1.0).to(self.device)[:, None, None]
-        layout = self.dit.layout(z1.shape[1], self.device, cache, copies)
+        layout = self.dit.layout(z1.shape[1], self.device, cache, copies, z1.shape[1])
         time_index = None if is_known is None else torch.where(is_known, CLEAN, NOISY).repeat(copies, 1)
 
-        def velocity(z, t):
+        def guided_velocity(z, t):
             # Both branches in one batch; the second half has no rows in the cache, hence no history.  How that is
             # trained without ever dropping the history: the first block of every training window has none.
-            v = self.velocity(z.repeat(copies, 1, 1), self.times(state, t), time_index, layout, cache)
+            v = self.run_dit(z.repeat(copies, 1, 1), self.embedded(state, t), time_index, layout, cache)
             v = guide(*v.chunk(2), scale) if copies == 2 else v
             return v if is_known is None else v.masked_fill(is_known[..., None], 0.0)
 
         z = z1 if is_known is None else torch.where(is_known[..., None], state.known_z, z1)
-        return solve(velocity, z, times, solver, watch)
+        return solve(guided_velocity, z, times, solver, watch)
 
     @torch.no_grad()
     def append(self, state, z):
         """Make the block z part of the history.  Decode it first, with state.vae_cache: that fills the cache.
 
         One more pass, at t = 0: the keys in the cache are those of the solver's last step, when z was not yet final."""
-        layout = self.dit.layout(z.shape[1], self.device, state.dit_cache)
-        self.velocity(z, self.times(state, 0.0), None, layout, state.dit_cache)
+        layout = self.dit.layout(z.shape[1], self.device, state.dit_cache, block_size=z.shape[1])
+        self.run_dit(z, self.embedded(state, 0.0), None, layout, state.dit_cache)
         state.dit_cache.commit(z.shape[1])
         state.vae_cache.commit(z.shape[1])
         state.is_known, state.known_z, state.n_known = None, None, [0] * len(state.rows)
 
-    def times(self, state, t):
+    def embedded(self, state, t):
         """The `dit.Times` of [t, 0], once for all blocks: computed in each step, they would be a third of the work."""
         if t not in state.times:
-            state.times[t] = self.dit.times(torch.tensor([[t, 0.0]], device=self.device))
+            state.times[t] = self.dit.embed_times(torch.tensor([[t, 0.0]], device=self.device))
         return state.times[t]
 
-    def velocity(self, *args):
+    def run_dit(self, *args):
         """`DiT.forward`, as the sampler calls it (extras/compiled.py has another)."""
         return self.dit(*args)
 
@@ -339,9 +345,6 @@ def pad_rows(ids, chunk, pad_id, device):
 
 def check_fit(vae, dit):
     """A prior belongs to the latents it was trained on."""
-    for name in ("latent_dim", "block_size"):
-        if getattr(vae, name) != getattr(dit, name):
-            raise ValueError(
-                f"the VAE and the prior do not fit together: {name} is {getattr(vae, name)} in the VAE "
-                f"and {getattr(dit, name)} in the prior"
-            )
+    if vae.latent_dim != dit.latent_dim:
+        channels = f"{vae.latent_dim} channels in the VAE and {dit.latent_dim} in the prior"
+        raise ValueError(f"the VAE and the prior do not fit together: a latent has {channels}")

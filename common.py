@@ -57,6 +57,7 @@ class SamplingOptions:
     small models; those of the library are the released ones.)"""
 
     max_new_tokens: int = option(64, "at most so many new tokens a sample", low=1)
+    block_size: int = option(0, "latents per block; 0: the model's own", low=0)
     steps: int = option(16, "steps of the ODE solver per block", low=1)
     solver: str = option("euler", "ODE solver; heun evaluates the prior twice a step", choices=SOLVERS)
     cfg_scale: float = option(3.0, "guidance: how strongly the history steers; 1: none; 7: released", low=0.0, high=1e3)
@@ -135,7 +136,8 @@ def check_range(cls, values, spelt=str):
 
 
 def check_sizes(config):
-    """Raises ValueError for a value that has not the type of its default, a count below 1, or a float like NaN."""
+    """Raises ValueError for a value that has not the type of its default, a count below what its field allows (1), or a
+    float like NaN."""
     for field in dataclasses.fields(config):
         value, wanted = getattr(config, field.name), type(field.default)
         if type(value) is not wanted and not (wanted is float and type(value) is int):
@@ -326,9 +328,9 @@ class Optimizers:
             optimizer.step()
         if timing:
             self.spans.append((start, self.now()))
-        if timing and len(self.spans) == self.TIMED.stop and self.share() > 1 / 3 and rank() == 0:
+        if timing and len(self.spans) == self.TIMED.stop and (share := self.share()) > 1 / 3 and rank() == 0:
             advice = "a larger --batch-size or --optimizer adamw makes more of the time"
-            tqdm.write(f"the optimizer takes {self.share():.0%} of a training step: {advice}", file=sys.stderr)
+            tqdm.write(f"the optimizer takes {share:.0%} of a training step: {advice}", file=sys.stderr)
 
     def share(self):
         """Of the time of the steps in TIMED."""

@@ -462,14 +462,15 @@ def open_tokens(folder):
     return Corpus(*splits, tokenizer)
 
 
-def check_seq_len(seq_len, vae_config):
-    """Raises ValueError if blocks do not fill a sequence."""
-    chunk = vae_config.block_size * vae_config.patch_size
-    if seq_len % chunk:
-        raise ValueError(f"--seq-len {seq_len} must be a multiple of block_size * patch_size = {chunk}")
+def check_seq_len(seq_len, patch_size, *block_sizes):
+    """Raises ValueError if blocks, of each size, do not fill a sequence."""
+    for block_size in block_sizes:
+        if seq_len % (block_size * patch_size):
+            chunk = f"block_size * patch_size = {block_size * patch_size}"
+            raise ValueError(f"--seq-len {seq_len} must be a multiple of {chunk}")
 
 
-def rows_per_pass(batch_size, micro_batch, devices):
+def micro_batch_size(batch_size, micro_batch, devices):
     """Sequences of one forward pass: micro_batch or, if that is 0, all that a process has of a batch.  Raises
     ValueError if the batch does not split evenly."""
     size = micro_batch or max(batch_size // devices, 1)

@@ -40,7 +40,7 @@ class DiTConfig:
     rope_dim: int = 96  # channels of a head that the rotary embedding turns; the others carry no position
     n_layer: int = 24
     mlp_ratio: int = 4
-    block_size: int = 16  # latents per block: the unit of generation
+    block_size: int = 16  # latents per block: the unit of generation, unless training or sampling names another
     qk_bias: bool = False  # bias of the query/key/value projection and of the attention's output
     norm_eps: float = 1e-5
     # Not in the released configuration, and written to files only where it differs from this default.
@@ -59,7 +59,7 @@ def rotate_interleaved(x):
     return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
 
 
-def rope_table(pos, config, device):
+def interleaved_rope(pos, config, device):
     """Cosines and sines for `rotate_interleaved`: pos (B, L) -> (B, 1, L, D) each, in fp32.
 
     Only the first rope_dim channels turn; the others keep a cosine of 1."""
@@ -206,18 +206,18 @@ class DiT(nn.Module):
         parts = [part for block in self.blocks for part in (block.msa, block.mlp)]
         return [p for part in parts for p in part.parameters() if p.dim() == 2]
 
-    def times(self, t):
+    def embed_times(self, t):
         """The Times of t (B or 1, T).  They depend on nothing else, so a sampler computes them once per run."""
         e = self.emb_in(t)  # (B or 1, T, C)
         parts = [block.modulation(e) for block in self.blocks] + [self.txt_out_ada.out_in(e)]
         return Times(t, torch.cat(parts, dim=-1).unflatten(-1, (-1, self.config.dim)))
 
-    def layout(self, n, device, cache=None, copies=1):
+    def layout(self, n, device, cache=None, copies=1, block_size=None):
         """The Layout of n latents behind the histories in `cache`, see `transformer.make_layout`."""
-        return make_layout(n, self.config.block_size, self.rope, device, cache, copies)
+        return make_layout(n, block_size or self.config.block_size, self.rope, device, cache, copies)
 
     def rope(self, pos):
-        return rope_table(pos, self.config, self.txt_in.proj.weight.device)
+        return interleaved_rope(pos, self.config, self.txt_in.proj.weight.device)
 
     def forward(self, z, t, time_index=None, layout=None, cache=None, with_codes=False):
         """Velocity of every latent.
@@ -231,7 +231,7 @@ class DiT(nn.Module):
         """
         if layout is None:
             layout = self.layout(z.shape[1], z.device, cache, 1 if cache is None else len(z) // cache.batch_size)
-        t, modulation = t if isinstance(t, Times) else self.times(t.view(len(t), -1))
+        t, modulation = t if isinstance(t, Times) else self.embed_times(t.view(len(t), -1))
 
         x = self.txt_in.proj(z.to(self.txt_in.proj.weight.dtype))  # (B, n, C)
         for i, block in enumerate(self.blocks):

@@ -38,12 +38,13 @@ def simulated_prompts(B, n, block_size, probability, generator=None, device=None
     return (inside & chosen[..., None] & (block_size > 1)).flatten(1)[:, :n]
 
 
-def flow_matching_loss(dit, z0, z1, t, prompt=None, valid=None, code_weight=0.0):
+def flow_matching_loss(dit, z0, z1, t, prompt=None, valid=None, block_size=None, code_weight=0.0):
     """L_FM of all blocks in one pass (stage 2, last term of Eq. 2.2.3).
 
     z0 (B, n, d) clean latents; z1 (B, n, d) noise; t (B,) times.
     prompt: bool (B, n), latents that stay clean and carry no loss; valid: bool (B, n), False on padding, which carries
-    none either.  Returns the mean squared velocity error per channel, a scalar, plus the following.
+    none either; block_size: latents per block, default that of the dit's configuration.
+    Returns the mean squared velocity error per channel, a scalar, plus the following.
     code_weight: for a prior with a `Codebook`, adds code_weight times -log w(z_t) of the code nearest to z0, in nats
     per latent.  Both have the same minimum, the true distribution of codes, but the logarithm is found faster.
 
@@ -54,19 +55,19 @@ def flow_matching_loss(dit, z0, z1, t, prompt=None, valid=None, code_weight=0.0)
     velocity."""
     is_clean = torch.zeros(z0.shape[:2], dtype=torch.bool, device=z0.device) if prompt is None else prompt
     counts = ~is_clean if valid is None else ~is_clean & valid
-    error = velocity_error(dit, z0, z1, t, is_clean, code_weight)
+    error = velocity_error(dit, z0, z1, t, is_clean, block_size, code_weight)
     return (error * counts).sum() / counts.sum().clamp(min=1)
 
 
-def velocity_error(dit, z0, z1, t, is_clean=None, code_weight=0.0):
+def velocity_error(dit, z0, z1, t, is_clean=None, block_size=None, code_weight=0.0):
     """(v - (z1 - z0))^2 at z_t, the mean over channels: (B, n).  Options: of `flow_matching_loss`; is_clean: prompt."""
     clean = z0.detach()
     zt = torch.lerp(z0, z1, t[:, None, None])
     if is_clean is not None:
         zt = torch.where(is_clean[..., None], clean, zt)
     if code_weight == 0:
-        return (velocity_of_all_blocks(dit, clean, zt, t, is_clean) - (z1 - clean)).square().mean(-1)
-    v, log_w = velocity_of_all_blocks(dit, clean, zt, t, is_clean, with_codes=True)
+        return (velocity_of_all_blocks(dit, clean, zt, t, is_clean, block_size) - (z1 - clean)).square().mean(-1)
+    v, log_w = velocity_of_all_blocks(dit, clean, zt, t, is_clean, block_size, with_codes=True)
     log_w = log_w.gather(-1, dit.codebook.nearest(clean)[..., None])[..., 0]  # (B, n)
     return (v - (z1 - clean)).square().mean(-1) - code_weight * log_w
 
@@ -76,7 +77,7 @@ def clean_length(n, block_size):
     return (n - 1) // block_size * block_size
 
 
-def velocity_of_all_blocks(dit, clean, zt, t, is_clean=None, layout=None, **options):
+def velocity_of_all_blocks(dit, clean, zt, t, is_clean=None, block_size=None, layout=None, **options):
     """The velocity of all blocks of a sequence in one pass, each with its own clean history.  (B, n, d)
 
     clean (B, n, d): the finished latents; zt (B, n, d): every block on its way; t (B or 1,); is_clean: bool (B, n),
@@ -85,7 +86,7 @@ def velocity_of_all_blocks(dit, clean, zt, t, is_clean=None, layout=None, **opti
     In one line as [clean without its last block | zt], both at the same positions, so that every noisy block is
     predicted from exactly the clean history that the sampler's cache would hold; the last clean block is nobody's
     history."""
-    n, block_size = zt.shape[1], dit.config.block_size
+    n, block_size = zt.shape[1], block_size or dit.config.block_size
     n_clean = clean_length(n, block_size)
     is_clean = torch.zeros(1, n, dtype=torch.bool, device=zt.device) if is_clean is None else is_clean
     time_index = torch.where(is_clean, CLEAN, NOISY)  # of the noisy half: a prompt in it is clean

@@ -32,11 +32,12 @@ class Options(common.TrainingOptions):  # which adds seed, device, resume and th
     # data
     vae: str = option("runs/vae", "folder of the stage-1 run, or of a released model")
     data: tuple = option((), "as in train_vae.py, tokenized as the VAE was; nothing: the text of the VAE's own run")
-    # model; the latent size and the block size are the VAE's
+    # model; the latent size is the VAE's
     preset: str = option("small", "small; plain: without codes; 2b: the paper's", choices=("small", "plain", "2b"))
     dim: int = option(192, "width", low=1)
     n_head: int = option(2, "attention heads", low=1)
     n_layer: int = option(4, "transformer layers", low=1)
+    block_size: tuple = option((1,), "latents per block; of several, each pass of training draws one", low=1)
     n_codes: int = option(512, "codes of the read-out, at most (extras/codebook.py); 0: the paper's prior", low=0)
     # objective
     t_loc: float = option(1.0, "times are sigmoid(N(t_loc, t_scale)); the paper: 1 for d = 16, 1.7 for 64, 2.3 for 128")
@@ -66,7 +67,7 @@ class Options(common.TrainingOptions):  # which adds seed, device, resume and th
 PRESETS = {  # "small" is what stands above
     "plain": dict(n_codes=0, steps=2000),  # small, but the paper's prior, which takes longer to learn
     "2b": dict(
-        dim=2048, n_head=16, n_layer=24, n_codes=0, joint=True,
+        dim=2048, n_head=16, n_layer=24, block_size=(16,), n_codes=0, joint=True,
         batch_size=1408, micro_batch=16, seq_len=512, steps=200_000, save_every=1000,
         optimizer="adamw", lr=1.5e-4, final_lr=1e-5, warmup=5000, decoder_noise=0.0, checkpointing=True,
         ema=0.9999,  # not the paper's, which does not mention one
@@ -101,8 +102,10 @@ class PriorObjective(nn.Module):
         # Every block of every row flows from noise to its latents, given the clean blocks before it.
         t = sample_times(B, o.t_loc, o.t_scale, generator, z0.device)  # (B,)
         z1 = torch.randn(z0.shape, generator=generator, device=z0.device)
-        prompt = simulated_prompts(B, n, dit.config.block_size, o.prompt_prob, generator, z0.device)
-        fm = flow_matching_loss(dit, z0, z1, t, prompt, code_weight=CODE_WEIGHT if self.training and o.n_codes else 0.0)
+        block_size = o.block_size[torch.randint(len(o.block_size), (), generator=generator, device=z0.device)]
+        prompt = simulated_prompts(B, n, block_size, o.prompt_prob, generator, z0.device)
+        code_weight = CODE_WEIGHT if self.training and o.n_codes else 0.0
+        fm = flow_matching_loss(dit, z0, z1, t, prompt, block_size=block_size, code_weight=code_weight)
         if not o.joint:
             return fm, {}
 
@@ -135,14 +138,14 @@ def update_ema(ema, model, decay, step):
         average.lerp_(value, 1 - decay)
 
 
-def config_of(o, vae):
+def dit_config(o, vae):
     """The prior's configuration, on latents of a VAEConfig.  As in the released model, the heads share the width, and
     the rotary embedding turns three quarters of a head.  Raises ValueError for sizes that do not go together."""
     if o.dim % (4 * o.n_head):
         raise ValueError(f"--dim {o.dim} must be a multiple of 4 times --n-head {o.n_head}")
     head_dim = o.dim // o.n_head
     heads = dict(n_head=o.n_head, head_dim=head_dim, rope_dim=head_dim * 3 // 8 * 2)
-    latents = dict(latent_dim=vae.latent_dim, block_size=vae.block_size)
+    latents = dict(latent_dim=vae.latent_dim, block_size=o.block_size[0])  # the first is what sampling takes
     return DiTConfig(dim=o.dim, n_layer=o.n_layer, n_codes=o.n_codes, **heads, **latents)
 
 
@@ -160,9 +163,9 @@ def main():
     source = run.folder if o.resume else Path(o.vae)
     vae = load_vae(source, device)
     tokenizer = find_tokenizer(source, vae.config.vocab_size, required=True)
-    config = config_of(o, vae.config)
-    rows = data.rows_per_pass(o.batch_size, o.micro_batch, processes.n_processes())
-    data.check_seq_len(o.seq_len, vae.config)
+    config = dit_config(o, vae.config)
+    micro_batch = data.micro_batch_size(o.batch_size, o.micro_batch, processes.n_processes())
+    data.check_seq_len(o.seq_len, vae.config.patch_size, vae.config.block_size, *o.block_size)
     if o.joint and o.n_codes:
         raise ValueError(f"--joint moves the latents away from their codes: leave out --n-codes {o.n_codes}")
     text = o.data or (f"{o.vae}/data",)
@@ -218,7 +221,7 @@ def main():
         for step in range(run.step, o.steps):
             idx = data.random_batch(corpus.train, o.batch_size, o.seq_len, o.seed, step).to(device)  # (B, L)
             lr = common.learning_rate(step, o.steps, o.warmup, o.lr, o.final_lr)
-            parts, passes = common.parts_of_batch(idx, rows, o.seed, step), []
+            parts, passes = common.parts_of_batch(idx, micro_batch, o.seed, step), []
             for part, generator in parts:
                 objective.require_backward_grad_sync = len(passes) == len(parts) - 1  # DDP averages once a step
                 with amp:
@@ -241,11 +244,14 @@ def main():
     dit, vae = average["dit"].to(device), average.get("vae", vae).to(device)
     held_out = data.even_batch(corpus.val, EVAL_SEQUENCES, o.seq_len).to(device)
     generator = common.step_generator(o.seed, 0, device)
-    evaluated = PriorObjective(replace(o, joint=False), nn.ModuleDict(dict(dit=dit)), vae).eval()
-    with torch.no_grad(), amp:
-        parts = held_out.split(rows)
-        loss = sum(evaluated(part, generator)[0] * len(part) for part in parts) / len(held_out)
-    print(f"flow-matching loss on {held_out.numel():,} held-out tokens: {loss.item():.4f}")
+    for block_size in sorted(set(o.block_size)):
+        of_size = replace(o, joint=False, block_size=(block_size,))
+        evaluated = PriorObjective(of_size, nn.ModuleDict(dict(dit=dit)), vae).eval()
+        with torch.no_grad(), amp:
+            parts = held_out.split(micro_batch)
+            loss = sum(evaluated(part, generator)[0] * len(part) for part in parts) / len(held_out)
+        tokens = f"{held_out.numel():,} held-out tokens, blocks of {block_size}"
+        print(f"flow-matching loss on {tokens}: {loss.item():.4f}")
     print(f"the model is in {run.folder}; next: python sample.py --model {run.folder}")
 
 

@@ -14,7 +14,7 @@ import torch.nn as nn
 import common
 import data
 import processes
-from common import option
+from common import flag, option
 from extras.kernels import compile_blocks
 from released_format import find_tokenizer, save_vae
 from resume import LOG_EVERY, Run
@@ -86,7 +86,7 @@ class VAEObjective(nn.Module):
         return loss, {name: value.detach() for name, value in terms.items()}
 
 
-def config_of(o):
+def vae_config(o):
     """The VAE's configuration; a small text may end up with fewer tokens than the vocab_size asked for."""
     return VAEConfig(**{name: value for name, value in asdict(o).items() if name in VAEConfig.__dataclass_fields__})
 
@@ -98,9 +98,12 @@ def main():
     amp = common.autocast(device, o.precision)
 
     # Text, tokens, tokenizer.
-    config = config_of(o)
-    rows = data.rows_per_pass(o.batch_size, o.micro_batch, processes.n_processes())
-    data.check_seq_len(o.seq_len, config)
+    config = vae_config(o)
+    micro_batch = data.micro_batch_size(o.batch_size, o.micro_batch, processes.n_processes())
+    data.check_seq_len(o.seq_len, config.patch_size, config.block_size)
+
+    if data.is_prepared(o.data[0]) and (named := given & {"tokenizer", "vocab_size"}):
+        raise ValueError(f"{o.data[0]} is tokenized already: leave out {flag(named.pop())}")
 
     def tokenizer():
         return data.make_tokenizer(o.tokenizer, o.vocab_size, o.data)
@@ -140,7 +143,7 @@ def main():
         for step in range(run.step, o.steps):
             idx = data.random_batch(corpus.train, o.batch_size, o.seq_len, o.seed, step).to(device)  # (B, L)
             lr = common.learning_rate(step, o.steps, o.warmup, o.lr, o.final_lr)
-            parts, passes = common.parts_of_batch(idx, rows, o.seed, step), []
+            parts, passes = common.parts_of_batch(idx, micro_batch, o.seed, step), []
             for part, generator in parts:
                 objective.require_backward_grad_sync = len(passes) == len(parts) - 1  # DDP averages once a step
                 with amp:
@@ -161,7 +164,7 @@ def main():
         return
     vae = vae.to(device)
     held_out = data.even_batch(corpus.val, EVAL_SEQUENCES, o.seq_len).to(device)
-    parts = held_out.split(rows)
+    parts = held_out.split(micro_batch)
     accuracy = sum(token_accuracy(vae, part) * len(part) for part in parts) / len(held_out)
     print(f"reconstruction: {100 * accuracy:.2f} % of {held_out.numel():,} held-out tokens")
     text = "" if data.is_prepared(run.folder / "data") else f" --data {o.data[0]}"

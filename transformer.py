@@ -53,8 +53,8 @@ class KVCache:
         self.max_len = max_len
 
     @property
-    def masked(self):
-        """Whether a mask has to hide what stands behind the end of a row: histories differ in length."""
+    def ragged(self):
+        """Whether histories differ in length: a mask then has to hide what stands behind the end of a row."""
         return bool((self.length != self.length[0]).any())
 
     def reach(self, end):
@@ -67,7 +67,7 @@ class KVCache:
 
     def positions(self, n):
         """Positions of the next n latents of each row, (B, n), or (1, n) if no mask is needed."""
-        start = self.length if self.masked else self.length[:1]
+        start = self.length if self.ragged else self.length[:1]
         return start[:, None] + torch.arange(n)
 
     def write(self, layer, layout, k, v):
@@ -115,10 +115,11 @@ def make_layout(n, block_size, rope, device, cache=None, copies=1, flex=False):
     block, end = pos // block_size, int(pos.max()) + 1
     if cache is not None and end > cache.max_len:
         raise ValueError(f"a cache of {cache.max_len} positions cannot hold position {end - 1}")
-    if cache is not None and cache.masked:  # what the cache holds behind the end of a row is hidden like later blocks
+    if cache is not None and cache.ragged:
         end = cache.reach(end)
-        mask = block_mask(block, torch.arange(end) // block_size)[:, None].to(device)
-        return Layout(rope(pos.repeat(copies, 1)), mask, pos.to(device), end=end)
+        keys = torch.arange(end)
+        mask = block_mask(block, keys // block_size) & (keys <= pos[:, -1, None, None])  # nothing behind a row's end
+        return Layout(rope(pos.repeat(copies, 1)), mask[:, None].to(device), pos.to(device), end=end)
     if block[0, 0] == block[0, -1]:  # one block, which sees itself and the whole history
         mask = None
     elif flex:

@@ -104,7 +104,7 @@ def rotate_half(x):
     return x.roll(x.shape[-1] // 2, dims=-1)
 
 
-def rope_table(pos, dim, theta, device):
+def half_rope(pos, dim, theta, device):
     """Cosines and sines for `rotate_half`: pos (B, L) -> (B, 1, L, dim) each, in fp32."""
     angle = pos.to(device)[:, None, :, None].float() * rope_freqs(dim, theta, device)  # (B, 1, L, dim/2)
     return torch.cat([angle, angle], dim=-1).cos(), torch.cat([-angle, angle], dim=-1).sin()
@@ -205,7 +205,7 @@ class TextVAE(nn.Module):
         flex = self.training and torch.device(device).type == "cuda" and cache is None
 
         def rope(pos):
-            return rope_table(pos, c.dim // c.n_head, c.rope_theta, device)
+            return half_rope(pos, c.dim // c.n_head, c.rope_theta, device)
 
         return make_layout(n, c.block_size, rope, device, cache, flex=flex)
 

@@ -20,7 +20,7 @@ STATIC_LEN = 256  # positions
 class StaticKVCache(KVCache):
     """A cache that attention reads in multiples of STATIC_LEN positions, masked, so that most blocks look alike."""
 
-    masked = True
+    ragged = True
 
     def __init__(self, n_layer, batch_size, n_head, max_len, head_dim, device=None, dtype=None):
         max_len = -(-max_len // STATIC_LEN) * STATIC_LEN
@@ -72,7 +72,7 @@ class CompiledColaDLM(ColaDLM):
         self.step = torch._inductor.config.patch(freezing=True)(step) if frozen else step
         self.spare = []  # caches of generations that are over: a CUDA graph is recorded for one place in memory
 
-    def velocity(self, *args):
+    def run_dit(self, *args):
         return self.step(*args).clone()  # a CUDA graph writes its next result to the same place
 
     def prefill(self, *args, **options):

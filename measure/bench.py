@@ -146,9 +146,9 @@ def median_time(name, function, device, repeats):
 def build(o, device):
     """A ColaDLM of the preset's sizes with random weights, none of them zero."""
     sizes = train_vae.PRESETS.get(o.preset, {}) | dict(preset=o.preset, block_size=o.block_size)
-    vae_config = train_vae.config_of(train_vae.Options(**sizes))
+    vae_config = train_vae.vae_config(train_vae.Options(**sizes))
     prior = train_prior.Options(**dict(n_codes=0) | train_prior.PRESETS.get(o.preset, {}))  # the paper's
-    dit_config = train_prior.config_of(prior, vae_config)
+    dit_config = train_prior.dit_config(prior, vae_config)
     with device:
         models = TextVAE(vae_config), DiT(dit_config)
     for p in models[1].parameters():
@@ -241,7 +241,7 @@ def generation(o, model, device, table, rate, bandwidth, label):
 
     def run(rows, steps=o.steps, cfg_scale=o.cfg_scale, n=o.new_tokens, noise=None):
         options = dict(steps=steps, cfg_scale=cfg_scale, seed=o.seed, noise=noise)
-        return torch.cat([block.z for block in model.blocks([[]] * rows, n, **options)], dim=1)
+        return torch.cat([block.z for block in model.generate_blocks([[]] * rows, n, **options)], dim=1)
 
     def floor(rows, steps=o.steps, cfg_scale=o.cfg_scale, n=o.new_tokens):
         """Seconds that no implementation can go below: of every pass, to read or to multiply."""
@@ -313,7 +313,7 @@ def savings(o, model, device, table, label):
         dit(z[B:], t)
 
     for name, slow, fast in [
-        ("modulation for each time", lambda: dit.times(every_t[None]), lambda: dit.times(t[None])),
+        ("modulation for each time", lambda: dit.embed_times(every_t[None]), lambda: dit.embed_times(t[None])),
         ("guidance in one pass", two_passes, lambda: dit(z, t, layout=both, cache=cache)),
         (
             "rotated keys in the cache",

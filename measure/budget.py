@@ -18,7 +18,7 @@ import torch
 import train_prior
 import train_vae
 from common import fail, option, parse_options, run_script
-from data import rows_per_pass
+from data import micro_batch_size
 from dit import TIME_CHANNELS, DiT, DiTConfig
 from flow import clean_length
 from released_format import load_vae_config
@@ -94,7 +94,7 @@ def report(o, vae, dit=None):
 
     o: options of train_vae.py or train_prior.py; vae, dit: configurations; dit None: stage 1."""
     n = o.seq_len // vae.patch_size
-    rows = rows_per_pass(o.batch_size, o.micro_batch, o.devices)  # sequences of one pass on one device
+    rows = micro_batch_size(o.batch_size, o.micro_batch, o.devices)  # sequences of one pass on one device
     n_vae = parameters(vae)
     trained, frozen = (n_vae, 0) if dit is None else (parameters(dit), n_vae)
     if dit is None:
@@ -132,27 +132,33 @@ def report(o, vae, dit=None):
 
 
 @dataclass
-class VAEOptions(train_vae.Options):
+class Budget:
+    """What this command adds to the options of a training script."""
+
     devices: int = option(1, "on so many devices", low=1)
     budget: float = option(2000.0, "EFLOPs to spend", low=0.0)
 
 
 @dataclass
-class PriorOptions(train_prior.Options):
-    devices: int = option(1, "on so many devices", low=1)
-    budget: float = option(2000.0, "EFLOPs to spend", low=0.0)
+class VAEOptions(Budget, train_vae.Options):
+    pass
+
+
+@dataclass
+class PriorOptions(Budget, train_prior.Options):
+    pass
 
 
 def main():
     stage, argv = (sys.argv[1:2] or [""])[0], sys.argv[2:]
     if stage == "vae":
         o, _ = parse_options(VAEOptions, __doc__, train_vae.PRESETS, argv)
-        report(o, train_vae.config_of(o))
+        report(o, train_vae.vae_config(o))
     elif stage == "prior":
         o, given = parse_options(PriorOptions, __doc__, train_prior.PRESETS, argv)
         o.n_codes = 0 if o.joint else o.n_codes  # as train_prior.py has it
         vae = VAEConfig() if o.preset == "2b" and "vae" not in given else load_vae_config(o.vae)
-        report(o, vae, train_prior.config_of(o, vae))
+        report(o, vae, train_prior.dit_config(o, vae))
     else:
         fail("name the stage: python -m measure.budget vae, or prior, then its options")
 

@@ -280,12 +280,12 @@ def generated(model, prompts, max_new_tokens, **settings):
     """Latents (B, n, d) and tokens, B lists, of continuations of equally long prompts, lists of ids.
 
     The prompts are shared out over the processes."""
-    c, rows = model.vae.config, range(rank(), len(prompts), n_processes())
-    blocks = list(model.blocks([prompts[i] for i in rows], max_new_tokens, row_ids=rows, **settings))
-    known = -(-(len(prompts[0]) % (c.block_size * c.patch_size)) // c.patch_size)  # latents of the first block
+    p, rows = model.vae.config.patch_size, range(rank(), len(prompts), n_processes())
+    blocks = list(model.generate_blocks([prompts[i] for i in rows], max_new_tokens, row_ids=rows, **settings))
+    known = -(-(len(prompts[0]) % (model.dit.config.block_size * p)) // p)  # latents of the first block
     found = []
     for i in range(len(rows)):
-        z = torch.cat([block.z[i] for block in blocks])[known:][: max_new_tokens // c.patch_size]  # (n, d)
+        z = torch.cat([block.z[i] for block in blocks])[known:][: max_new_tokens // p]  # (n, d)
         found.append((z.cpu(), sum((block.new[i] for block in blocks), [])[:max_new_tokens]))
     latents, tokens = zip(*collect(found), strict=True)
     return torch.stack(latents), list(tokens)
@@ -468,13 +468,15 @@ def main():
 
     corpus = data.open_tokens(o.data)
     data.check_same(corpus.tokenizer, model.tokenizer)
-    data.check_seq_len(o.seq_len, model.vae.config)
+    vae, prior = model.vae.config, model.dit.config
+    prior.block_size = o.block_size or prior.block_size  # for everything that follows
+    data.check_seq_len(o.seq_len, vae.patch_size, vae.block_size, prior.block_size)
     data.check_length(len(corpus.train), len(corpus.val), 1, o.seq_len + CONTEXT)
     rows = data.even_batch(corpus.val, o.num_sequences, o.seq_len + CONTEXT)
     before, idx = rows[:, :CONTEXT].tolist(), rows[:, CONTEXT:].to(device)
-    if len(idx) < 4 or idx.shape[1] < 2 * model.vae.config.patch_size:
+    if len(idx) < 4 or idx.shape[1] < 2 * vae.patch_size:
         raise ValueError(f"{len(idx)} sequences of {o.seq_len} tokens: there must be 4 at least, of 2 latents at least")
-    if not model.vae.config.use_variation and {"compression", "likelihood"} & set(o.sections):
+    if not vae.use_variation and {"compression", "likelihood"} & set(o.sections):
         raise ValueError("this VAE has no variance: it can only be asked for --sections reconstruction prior")
     report = Report(Path(o.out), dict(model=o.model, data=o.data, options=asdict(o)))
     print(f"{o.model} on {idx.numel():,} held-out tokens of {o.data}, {len(idx)} sequences of {o.seq_len}")

@@ -119,14 +119,14 @@ def conditional_log_prob(model, prompts, responses, n_samples=1, row_ids=None, *
 def log_weights(model, ids, n_samples=1, steps=128, read_time=0.0, exact=False, pad_id=None, seed=0, row_ids=None):
     """The terms of log p(x, z0) / q(z0 | x) for n_samples draws z0 ~ q(z0 | x): `LogWeights` of (K, B), in nats.
 
-    ids: a list of token ids for every row.  The last block is padded for the encoder, with pad_id as in `blocks`;
-    what the padding says is left open and costs nothing.
+    ids: a list of token ids for every row.  The last block is padded for the encoder, with pad_id as in
+    `generate_blocks`; what the padding says is left open and costs nothing.
     steps, exact: of the flow's likelihood (`flow_log_prob`); exact: without Hutchinson's estimator.
     read_time: 0 is the paper's model.  Above 0 it is another reading of the same networks, not in the paper: the
     flow stops at this time, the decoder reads the latent z_t found there, and the encoder turns the tokens into the
     history of the next block.  The latent variable is z_t, and q(z_t | x) is q(z0 | x) noised to that time.  The
     bound can be far tighter, since the finest detail of the latents, which no decoder needs, is not asked for.
-    seed, row_ids: of the random numbers, as in `blocks`.
+    seed, row_ids: of the random numbers, as in `generate_blocks`.
     Raises ValueError for an autoencoder without variance, ids outside the vocabulary, and options out of range."""
     c, device = model.vae.config, model.device
     if not c.use_variation:
@@ -137,8 +137,9 @@ def log_weights(model, ids, n_samples=1, steps=128, read_time=0.0, exact=False, 
     check_ids(ids + [[pad_id]], c.vocab_size)
     if not any(ids):
         return LogWeights(*torch.zeros(3, n_samples, len(ids), device=device))
-    shape, chunk = (c.block_size, c.latent_dim), c.block_size * c.patch_size
-    idx = pad_rows(ids, chunk, pad_id, device)
+    block_size = model.dit.config.block_size
+    shape, chunk = (block_size, c.latent_dim), block_size * c.patch_size
+    idx = pad_rows(ids, math.lcm(c.block_size, block_size) * c.patch_size, pad_id, device)
     lengths = torch.tensor([len(row) for row in ids], device=device)
     is_text = torch.arange(idx.shape[1], device=device) < lengths[:, None]  # (B, L)
     is_block = is_text[:, ::chunk]  # (B, n_blocks)
@@ -159,6 +160,6 @@ def log_weights(model, ids, n_samples=1, steps=128, read_time=0.0, exact=False, 
         zt = qt.at(draw()) if read_time > 0 else z0
         log_p_x = model.vae.log_likelihood(zt, idx)  # (B, L)
         log_p_z = flow_log_prob(model.dit, z0, zt, read_time, steps, probe)  # (B, n_blocks)
-        log_q = block_sum(log_density(qt, zt), c.block_size)  # (B, n_blocks)
+        log_q = block_sum(log_density(qt, zt), block_size)  # (B, n_blocks)
         terms.append([(log_p_x * is_text).sum(1), (log_p_z * is_block).sum(1), (log_q * is_block).sum(1)])
     return LogWeights(*(torch.stack(term) for term in zip(*terms, strict=True)))

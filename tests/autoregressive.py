@@ -21,7 +21,7 @@ import data
 from common import option
 from measure.judge import text_of
 from transformer import make_layout
-from vae import VAEBlock, VAEConfig, rope_table
+from vae import VAEBlock, VAEConfig, half_rope
 
 
 class Autoregressive(nn.Module):
@@ -41,7 +41,7 @@ class Autoregressive(nn.Module):
         return [p for p in self.blocks.parameters() if p.dim() == 2]
 
     def rope(self, pos):
-        return rope_table(pos, self.head_dim, 10000.0, pos.device)
+        return half_rope(pos, self.head_dim, 10000.0, pos.device)
 
     def forward(self, idx):  # (B, L) -> (B, L, V)
         layout = make_layout(idx.shape[1], 1, self.rope, idx.device)

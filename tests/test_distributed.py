@@ -199,11 +199,11 @@ def test_parts_of_a_batch(monkeypatch):
 
 
 def test_a_batch_splits_evenly():
-    assert data.rows_per_pass(8, 0, 2) == 4 and data.rows_per_pass(8, 2, 2) == 2
+    assert data.micro_batch_size(8, 0, 2) == 4 and data.micro_batch_size(8, 2, 2) == 2
     with pytest.raises(ValueError, match="--batch-size 6 must be a multiple of --micro-batch 2 times 2 devices"):
-        data.rows_per_pass(6, 2, 2)
+        data.micro_batch_size(6, 2, 2)
     with pytest.raises(ValueError, match="--batch-size 5 must be a multiple of 2 devices"):
-        data.rows_per_pass(5, 0, 2)
+        data.micro_batch_size(5, 0, 2)
 
 
 def test_samples_do_not_depend_on_the_number_of_processes(alone, tmp_path, monkeypatch, capsys):

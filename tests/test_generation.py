@@ -20,6 +20,7 @@ from cola import ColaDLM, Writer, pick_tokens
 from dit import DiT, DiTConfig
 from extras import compiled
 from extras.compiled import CompiledColaDLM
+from flow import velocity_of_all_blocks
 
 FILES = ("config.json", "model.safetensors")
 PROMPTS = [[1, 2, 3], [], [4] * 9, [5] * 8]
@@ -59,8 +60,8 @@ def test_finished_rows_leave_the_batch(model, monkeypatch):
     whole = model.generate(PROMPTS, **options)
     eos = whole[3][0]
     sizes = []
-    real = model.velocity
-    monkeypatch.setattr(model, "velocity", lambda z, *args, **kwargs: sizes.append(len(z)) or real(z, *args, **kwargs))
+    real = model.run_dit
+    monkeypatch.setattr(model, "run_dit", lambda z, *args, **kwargs: sizes.append(len(z)) or real(z, *args, **kwargs))
     wanted = [row[: row.index(eos)] if eos in row else row for row in whole]
     assert model.generate(PROMPTS, eos_id=eos, **options) == wanted and wanted[3] == []
     assert sizes[0] in (4, 8) and sizes[-1] <= 6
@@ -87,7 +88,7 @@ def test_a_sampler_compiled_for_the_cpu(monkeypatch):
     model = ColaDLM(small_vae(), small_dit(n_layer=1)).requires_grad_(False)
 
     def latents(model, seed):
-        blocks = model.blocks([[]] * 2, 2 * BLOCK, steps=2, cfg_scale=1, seed=seed)
+        blocks = model.generate_blocks([[]] * 2, 2 * BLOCK, steps=2, cfg_scale=1, seed=seed)
         return torch.cat([block.z for block in blocks], dim=1)
 
     wanted = [latents(model, seed) for seed in (0, 1)]
@@ -106,10 +107,10 @@ def test_a_compiled_sampler_reuses_its_cache_and_few_batch_sizes(monkeypatch):
     eos = model.generate(prompts, **options)[0][5]
     wanted = [model.generate(prompts, eos_id=eos, seed=seed, **options) for seed in (0, 1)]
     model = CompiledColaDLM(model, backend="eager")
-    made, sizes, real = [], set(), model.velocity
+    made, sizes, real = [], set(), model.run_dit
     real_cache = compiled.StaticKVCache
     monkeypatch.setattr(compiled, "StaticKVCache", lambda *args: made.append(args) or real_cache(*args))
-    monkeypatch.setattr(model, "velocity", lambda z, *args: sizes.add(len(z)) or real(z, *args))
+    monkeypatch.setattr(model, "run_dit", lambda z, *args: sizes.add(len(z)) or real(z, *args))
     for seed in (0, 1, 0):
         assert model.generate(prompts, eos_id=eos, seed=seed, **options) == wanted[seed]
     noise = torch.full((2, 6, BLOCK, d), float("nan"))
@@ -385,9 +386,7 @@ def test_damaged_files(folder):
 
 
 def test_a_vae_and_a_prior_that_do_not_fit():
-    with pytest.raises(ValueError, match="do not fit together: block_size is 4 in the VAE and 8 in the prior"):
-        ColaDLM(small_vae(), small_dit(block_size=8))
-    with pytest.raises(ValueError, match="do not fit together: latent_dim"):
+    with pytest.raises(ValueError, match="do not fit together: a latent has 4 channels in the VAE and 8 in the prior"):
         ColaDLM(small_vae(latent_dim=4), small_dit())
 
 
@@ -402,3 +401,39 @@ def test_tokenizer_is_found_one_folder_up(speaking_model, tmp_path):
     speaking_model.save_pretrained(inner)
     Path(inner / "tokenizer.json").rename(tmp_path / "tokenizer.json")
     assert ColaDLM.from_pretrained(inner).tokenizer.n_vocab == 258
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Blocks of another size than the prior's own
+
+
+@pytest.mark.parametrize("vae_block", [1, BLOCK])
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_any_block_size(vae_block, size):
+    """Named in sampling, it is as if it stood in the configuration; and a row does not depend on its batch."""
+    vae, dit = small_vae(block_size=vae_block), small_dit()
+    other = small_dit(block_size=size)
+    other.load_state_dict(dit.state_dict())
+    options = dict(max_new_tokens=10, steps=3, seed=5)
+    rows = ColaDLM(vae, dit).generate(PROMPTS, block_size=size, **options)
+    assert rows == ColaDLM(vae, other).generate(PROMPTS, **options)
+    alone = [ColaDLM(vae, dit).generate([p], block_size=size, **options | dict(seed=5 + 1000 * i))[0]
+             for i, p in enumerate(PROMPTS)]  # fmt: skip
+    assert rows == alone and [len(row) for row in rows] == [10] * 4
+
+
+def test_blocks_of_every_size_have_the_velocity_of_training():
+    """The sampler's caches, with blocks other than the prior's, against all blocks at once in the training layout."""
+    dit, n = small_dit(), 8
+    clean, zt = torch.randn(2, n, d), torch.randn(2, n, d)
+    t = torch.tensor([0.7, 0.3])
+    for size in (1, 2, 8):
+        wanted = velocity_of_all_blocks(dit, clean, zt, t, block_size=size)
+        cache = dit.new_cache(2, n)
+        for start in range(0, n, size):
+            block = slice(start, start + size)
+            layout = dit.layout(size, "cpu", cache, block_size=size)
+            v = dit(zt[:, block], t, None, layout, cache)
+            torch.testing.assert_close(v, wanted[:, block], atol=1e-5, rtol=1e-4)
+            dit(clean[:, block], torch.zeros(1), None, layout, cache)
+            cache.commit(size)

@@ -15,7 +15,7 @@ from extras.kernels import compile_blocks
 from flow import flow_matching_loss, sample_times, simulated_prompts, solve, training_layout, velocity_of_all_blocks
 from train_vae import Options, VAEObjective
 from transformer import Layout, block_mask, make_layout
-from vae import Posterior, TextVAE, VAEConfig, masked_view_loss, rope_table
+from vae import Posterior, TextVAE, VAEConfig, half_rope, masked_view_loss
 
 BLOCK, d, V = 4, 8, 30
 
@@ -202,7 +202,7 @@ def test_times():
     per_position = dit(z, torch.where(clean, 0.0, t[:, None]), torch.arange(8)[None])
     both = torch.stack([t, torch.zeros(2)], 1)
     torch.testing.assert_close(dit(z, both, clean.long()), per_position)
-    torch.testing.assert_close(dit(z, dit.times(both), clean.long()), per_position)
+    torch.testing.assert_close(dit(z, dit.embed_times(both), clean.long()), per_position)
     torch.testing.assert_close(dit(z, both), dit(z, t))
 
 
@@ -224,7 +224,7 @@ def test_flex_attention_is_the_same_computation():
     assert same.mask is layouts[1].mask  # made once per shape
 
     vae, x = small_vae().requires_grad_(False), torch.randn(2, n, 32)
-    rope = functools.partial(rope_table, dim=16, theta=1e4, device="cpu")
+    rope = functools.partial(half_rope, dim=16, theta=1e4, device="cpu")
     layouts = [make_layout(n, BLOCK, rope, "cpu", flex=flex) for flex in (False, True)]
     dense, flex = (vae.transform(x, vae.blocks, layout) for layout in layouts)
     torch.testing.assert_close(flex, dense)

@@ -70,39 +70,42 @@ def flow_matching(dit, z, o, generator):
     n = z.shape[1]
     t = torch.sigmoid(o.t_loc + o.t_scale * torch.randn(B, generator=generator))
     z1 = torch.randn(z.shape, generator=generator)
-    chosen = torch.rand(B, n // BLOCK, generator=generator) < o.prompt_prob
-    length = torch.randint(1, BLOCK, chosen.shape, generator=generator)
+    size = o.block_size[torch.randint(len(o.block_size), (), generator=generator)]
+    chosen = torch.rand(B, n // size, generator=generator) < o.prompt_prob
+    length = torch.randint(1, size, chosen.shape, generator=generator)
     errors, clean = [], z.detach()
-    for b in range(n // BLOCK):
-        block = slice(b * BLOCK, (b + 1) * BLOCK)
-        prompt = (torch.arange(BLOCK) < length[:, b, None]) & chosen[:, b, None]  # (B, BLOCK)
+    for b in range(n // size):
+        block = slice(b * size, (b + 1) * size)
+        prompt = (torch.arange(size) < length[:, b, None]) & chosen[:, b, None]  # (B, size)
         zt = (1 - t[:, None, None]) * z[:, block] + t[:, None, None] * z1[:, block]
         zt = torch.where(prompt[..., None], clean[:, block], zt)
-        sequence = torch.cat([clean[:, : b * BLOCK], zt], 1)
-        is_clean = torch.cat([torch.ones(B, b * BLOCK, dtype=torch.bool), prompt], 1)
+        sequence = torch.cat([clean[:, : b * size], zt], 1)
+        is_clean = torch.cat([torch.ones(B, b * size, dtype=torch.bool), prompt], 1)
         each = torch.where(is_clean, 0.0, t[:, None])  # a time of its own for every position
-        v = dit(sequence, each, torch.arange(sequence.shape[1])[None])[:, b * BLOCK :]
+        layout = dit.layout(sequence.shape[1], "cpu", block_size=size)
+        v = dit(sequence, each, torch.arange(sequence.shape[1])[None], layout)[:, b * size :]
         errors.append((v - (z1[:, block] - clean[:, block])).square().mean(-1)[~prompt])
     return torch.cat(errors).mean()
 
 
-PRIOR = dict(t_loc=-0.5, t_scale=0.8, prompt_prob=0.6, n_codes=0)
+PRIOR = dict(t_loc=-0.5, t_scale=0.8, prompt_prob=0.6, block_size=(BLOCK, 2), n_codes=0)
 
 
 def test_stage_2_by_hand():
     vae, dit, idx = patched_vae().requires_grad_(False), small_dit(), tokens()
     o = train_prior.Options(**PRIOR)
     objective = train_prior.PriorObjective(o, torch.nn.ModuleDict(dict(dit=dit)), vae)
-    loss, terms = objective(idx, torch.Generator().manual_seed(0))
-    generator = torch.Generator().manual_seed(0)
-    z0 = (draw(vae.encode(idx), generator) - 0.1) * 0.5  # the DiT's units
-    torch.testing.assert_close(loss, flow_matching(dit, z0, o, generator))
+    for seed in range(4):  # which draw both block sizes
+        loss, terms = objective(idx, torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        z0 = (draw(vae.encode(idx), generator) - 0.1) * 0.5  # the DiT's units
+        torch.testing.assert_close(loss, flow_matching(dit, z0, o, generator))
     assert terms == {} and not any(name.startswith("vae") for name, _ in objective.named_parameters())
 
 
 def test_codes_count_in_training_alone():
     vae, dit, idx = small_vae().requires_grad_(False), small_dit(n_codes=5), tokens()
-    o = train_prior.Options(**PRIOR | dict(prompt_prob=0.0, n_codes=5))
+    o = train_prior.Options(**PRIOR | dict(prompt_prob=0.0, block_size=(BLOCK,), n_codes=5))
     objective = train_prior.PriorObjective(o, torch.nn.ModuleDict(dict(dit=dit)), vae)
     generator = torch.Generator().manual_seed(0)
     z0 = draw(vae.encode(idx), generator)
