@@ -9,6 +9,7 @@ one more at t = 0 if another block follows, and one pass of the decoder, whateve
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ import torch.nn as nn
 from common import SamplingOptions, check_range
 from data import Writer, check_ids, prompt_ids, save_tokenizer
 from dit import CLEAN, NOISY
-from flow import guide, solve
+from flow import guide, solve, solver_times
 from released_format import find_tokenizer, load_dit, load_vae, save_dit, save_vae
 from transformer import KVCache
 
@@ -127,6 +128,8 @@ class ColaDLM(nn.Module):
         steps=16,
         cfg_scale=7.0,
         solver="euler",
+        grid="uniform",
+        eta=0.0,
         temperature=0.0,
         top_k=0,
         top_p=1.0,
@@ -143,7 +146,7 @@ class ColaDLM(nn.Module):
         max_new_tokens, eos_id: a row needs no other block once it has so many new tokens, or this one.  Rows that are
         finished leave the batch together, when they are a quarter of it.
         block_size: latents per block; 0: the prior's own.  A prior trained with several sizes writes with each.
-        steps, solver: of the ODE from noise to latent, "euler" or "heun" (two evaluations a step).
+        steps, solver, grid, eta: from noise to latent, see `flow.solve` and `flow.solver_times`.
         cfg_scale: guidance u + s (c - u) of the block with its history over the block without; 1 disables guidance.
         temperature: 0 takes the likeliest token at each position; otherwise top_k and top_p apply (0 and 1: off).
         repetition_penalty: as released, the ids that count are the model's own predictions of earlier blocks.
@@ -159,7 +162,7 @@ class ColaDLM(nn.Module):
         padding there, is decoded like a new token (or, where it ends a block, passed over).
         """
         numbers = dict(max_new_tokens=max_new_tokens, block_size=block_size, steps=steps, solver=solver, seed=seed)
-        numbers |= dict(cfg_scale=cfg_scale, temperature=temperature, top_k=top_k, top_p=top_p)
+        numbers |= dict(grid=grid, eta=eta, cfg_scale=cfg_scale, temperature=temperature, top_k=top_k, top_p=top_p)
         check_range(SamplingOptions, numbers | dict(repetition_penalty=repetition_penalty))
         c = self.vae.config
         block_size = block_size or self.dit.config.block_size
@@ -176,15 +179,15 @@ class ColaDLM(nn.Module):
             if noise.dim() != 4 or len(noise) == 0 or noise.shape[1:] != wanted:
                 raise ValueError(f"noise must be (n_blocks, *{wanted}), not {tuple(noise.shape)}")
             n_blocks = min(n_blocks, len(noise))
-        times = torch.linspace(1.0, 0.0, steps + 1).tolist()
+        times = solver_times(steps, grid, self.dit.config.t_loc, self.dit.config.t_scale)
         seen = torch.zeros(len(ids), c.vocab_size, dtype=torch.bool, device=self.device)  # predicted in earlier blocks
 
         for b in range(n_blocks):
             # Noise to latents, given the history.
             generators = block_generators(seed, [row_ids[row] for row in state.rows], b)
-            z1 = torch.stack([torch.randn(shape, generator=g) for g in generators])
-            z1 = (z1 if noise is None else noise[b, state.rows]).to(self.device, torch.float32)  # (B, block_size, d)
-            z = self.next_block(state, z1, times, cfg_scale, solver, watch)
+            draw = partial(normal, shape, generators, self.device)
+            z1 = draw() if noise is None else noise[b, state.rows].to(self.device, torch.float32)  # (B, block_size, d)
+            z = self.next_block(state, z1, times, cfg_scale, solver, eta, draw, watch)
 
             # Latents to tokens, all of the block at once.
             logits = self.vae.decode(z, state.vae_cache).float()  # (B, chunk, V)
@@ -253,8 +256,9 @@ class ColaDLM(nn.Module):
         return state
 
     @torch.no_grad()
-    def next_block(self, state, z1, times, cfg_scale=7.0, solver="euler", watch=None):
+    def next_block(self, state, z1, times, cfg_scale=7.0, solver="euler", eta=0.0, draw=None, watch=None):
         """Carry noise z1 (B, block_size, d) along `times`, a list from 1 to 0, to the next block of latents.
+        Options: of `flow.solve`.
 
         "Clean repaint": latents that the prompt determines are clean (time 0) and do not move.
         Rows without a history are not guided: there both branches are one and the same, and guidance would only amplify
@@ -266,15 +270,23 @@ class ColaDLM(nn.Module):
         layout = self.dit.layout(z1.shape[1], self.device, cache, copies, z1.shape[1])
         time_index = None if is_known is None else torch.where(is_known, CLEAN, NOISY).repeat(copies, 1)
 
+        def pinned(z):
+            return z if is_known is None else torch.where(is_known[..., None], state.known_z, z)
+
+        estimate = torch.zeros_like(z1).repeat(copies, 1, 1) if self.dit.config.self_conditioning else None
+
         def guided_velocity(z, t):
             # Both branches in one batch; the second half has no rows in the cache, hence no history.  How that is
             # trained without ever dropping the history: the first block of every training window has none.
-            v = self.run_dit(z.repeat(copies, 1, 1), self.embedded(state, t), time_index, layout, cache)
-            v = guide(*v.chunk(2), scale) if copies == 2 else v
-            return v if is_known is None else v.masked_fill(is_known[..., None], 0.0)
-
-        z = z1 if is_known is None else torch.where(is_known[..., None], state.known_z, z1)
-        return solve(guided_velocity, z, times, solver, watch)
+            nonlocal estimate
+            z = pinned(z).repeat(copies, 1, 1)
+            v = self.run_dit(z, self.embedded(state, t), time_index, layout, cache, estimate)
+            if is_known is not None:
+                v = v.masked_fill(time_index[..., None] == CLEAN, 0.0)
+            if estimate is not None:  # for the next step, of each branch its own
+                estimate = z - t * v
+            return guide(*v.chunk(2), scale) if copies == 2 else v
+        return pinned(solve(guided_velocity, pinned(z1), times, solver, eta, draw, watch))
 
     @torch.no_grad()
     def append(self, state, z):
@@ -288,9 +300,9 @@ class ColaDLM(nn.Module):
         state.is_known, state.known_z, state.n_known = None, None, [0] * len(state.rows)
 
     def embedded(self, state, t):
-        """The `dit.Times` of [t, 0], once for all blocks: computed in each step, they would be a third of the work."""
+        """The `dit.Times` of [0, t], once for all blocks: computed in each step, they would be a third of the work."""
         if t not in state.times:
-            state.times[t] = self.dit.embed_times(torch.tensor([[t, 0.0]], device=self.device))
+            state.times[t] = self.dit.embed_times(torch.tensor([[0.0, t]], device=self.device))
         return state.times[t]
 
     def run_dit(self, *args):
@@ -312,7 +324,7 @@ class Generation:
     n_known: list  # of each row: prompt tokens inside the next block
     is_known: torch.Tensor | None = None  # bool (B, block_size): latents of those tokens
     known_z: torch.Tensor | None = None  # (B, block_size, d), in the units of the DiT
-    times: dict = field(default_factory=dict)  # of the solver: {t: Times of [t, 0]}
+    times: dict = field(default_factory=dict)  # of the solver: {t: Times of [0, t]}
 
     def keep(self, kept):
         """Forget all rows but these, a list."""
@@ -335,6 +347,11 @@ class Block(NamedTuple):
 def block_generators(seed, row_ids, block):
     """The random numbers of one block, a torch.Generator for each row."""
     return [torch.Generator().manual_seed(seed + 1000 * i + 10_000_000 * block) for i in row_ids]
+
+
+def normal(shape, generators, device):
+    """Draws from N(0, I), for each generator of that shape: (B, *shape)."""
+    return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
 
 def pad_rows(ids, chunk, pad_id, device):

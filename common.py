@@ -48,7 +48,7 @@ class TrainingOptions:
     precision: str = option("auto", "of matrix products; weights stay fp32", choices=("auto", "fp32", "bf16"))
 
 
-SOLVERS = ("euler", "heun")  # of `flow.solve`
+SOLVERS, GRIDS = ("euler", "heun"), ("uniform", "quantiles")  # of `flow.solve` and `flow.solver_times`
 
 
 @dataclasses.dataclass
@@ -60,6 +60,8 @@ class SamplingOptions:
     block_size: int = option(0, "latents per block; 0: the model's own", low=0)
     steps: int = option(16, "steps of the ODE solver per block", low=1)
     solver: str = option("euler", "ODE solver; heun evaluates the prior twice a step", choices=SOLVERS)
+    grid: str = option("quantiles", "times of the steps; quantiles: of the times of training", choices=GRIDS)
+    eta: float = option(1.0, "share of fresh noise in each step, as in DDIM; 0: the ODE", low=0.0, high=1.0)
     cfg_scale: float = option(3.0, "guidance: how strongly the history steers; 1: none; 7: released", low=0.0, high=1e3)
     temperature: float = option(0.0, "of the tokens; 0 takes the likeliest", low=0.0)
     top_k: int = option(0, "keep the k likeliest tokens; 0 keeps all", low=0)
@@ -144,7 +146,7 @@ def check_sizes(config):
             raise ValueError(f"{field.name} {value!r} must be of type {wanted.__name__}")
         if wanted is int and value < (low := field.metadata.get("low", 1)):
             raise ValueError(f"{field.name} {value} must be at least {low}")
-        if wanted is float and not (math.isfinite(value) and (value > 0 or field.name == "shifting_factor")):
+        if wanted is float and not (math.isfinite(value) and value > field.metadata.get("above", 0.0)):
             raise ValueError(f"{field.name} {value} must be a positive number")
 
 

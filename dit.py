@@ -5,11 +5,11 @@ Attention is bidirectional inside a block of latents and causal across blocks (E
 as a whole, given the finished blocks before it.  Tokens never appear here.
 
 The time enters through adaLN-Zero: every block has its LayerNorms shifted and scaled, and its two branches gated, by
-linear functions of a time embedding.  A sequence holds at most two times, 0 where latents are clean and t where they
-are noisy, so the modulation is computed once per distinct time and never per position (that would be a third of all
-block FLOPs).
+linear functions of a time embedding.  A sequence holds few times, 0 where latents are clean and t where they are noisy,
+so the modulation is computed once per distinct time and never per position (that would be a third of all block FLOPs).
 
-One part is ours and not the paper's: with n_codes above 0, a `Codebook` adds to the velocity (extras/codebook.py).
+Two parts are ours and not the paper's, and off in released models: with n_codes above 0, a `Codebook` adds to the
+velocity (extras/codebook.py); with self_conditioning, the network also sees its own last estimate of z0.
 """
 
 import math
@@ -25,7 +25,7 @@ from extras.codebook import Codebook
 from transformer import KVCache, apply_rope, attend, make_layout, rope_freqs, run_block
 
 TIME_CHANNELS = 256
-NOISY, CLEAN = 0, 1  # which time a latent has, as an index of the two of its row, [t, 0]
+CLEAN, NOISY = 0, 1  # which time a latent has, as an index of those of its row, [0, t]
 ROPE_THETA = 10000.0
 
 
@@ -43,8 +43,11 @@ class DiTConfig:
     block_size: int = 16  # latents per block: the unit of generation, unless training or sampling names another
     qk_bias: bool = False  # bias of the query/key/value projection and of the attention's output
     norm_eps: float = 1e-5
-    # Not in the released configuration, and written to files only where it differs from this default.
-    n_codes: int = field(default=0, metadata=dict(low=0, ours=True))  # of the `Codebook`; 0: none, the paper's prior
+    # Not in the released configuration, and written to files only where they differ from these defaults.
+    t_loc: float = field(default=1.0, metadata=dict(above=-math.inf, ours=True))  # times of training are
+    t_scale: float = field(default=1.0, metadata=dict(ours=True))  # sigmoid(N(t_loc, t_scale)), see `flow.solver_times`
+    n_codes: int = field(default=0, metadata=dict(low=0, ours=True))  # of the `Codebook`; 0: none
+    self_conditioning: bool = field(default=False, metadata=dict(ours=True))  # see `DiT.forward`
 
     def __post_init__(self):
         check_sizes(self)
@@ -147,7 +150,7 @@ class DiTBlock(nn.Module):
 def at_positions(modulation, time_index):
     """The modulation of every position, k tensors (B or 1, L or 1, C), from that of T times (B or 1, T, k, C)."""
     if time_index is None:
-        return modulation[:, :1].unbind(2)
+        return modulation[:, -1:].unbind(2)
     # A product with one-hot rows: its backward is a product, too, where that of an index would add row by row.
     return (one_hot(time_index, modulation) @ modulation.flatten(2)).unflatten(-1, modulation.shape[2:]).unbind(2)
 
@@ -177,6 +180,7 @@ class DiT(nn.Module):
         super().__init__()
         self.config = c = config
         self.txt_in = nn.ModuleDict(dict(proj=nn.Linear(c.latent_dim, c.dim)))
+        self.estimate_in = nn.Linear(c.latent_dim, c.dim, bias=False) if c.self_conditioning else None
         self.emb_in = TimeEmbedding(c.dim)
         self.blocks = nn.ModuleList(DiTBlock(c, i) for i in range(c.n_layer))
         self.txt_out_norm = nn.LayerNorm(c.dim, c.norm_eps)
@@ -187,7 +191,8 @@ class DiT(nn.Module):
 
     def init_weights(self):
         """Xavier for linear layers.  Zero for every modulation layer, so that each block starts as the identity, and
-        for the output layer, so that a new model predicts 0 (with codes, the velocity of the marginal)."""
+        for the output layer, so that a new model predicts 0 (with codes, the velocity of the marginal).  Zero for what
+        reads an estimate, too."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -198,8 +203,9 @@ class DiT(nn.Module):
                 nn.init.zeros_(layer[-1].weight)
         nn.init.zeros_(self.txt_out_ada.out_in[-1].weight)
         nn.init.zeros_(self.txt_out.proj.weight)
-        if self.codebook is not None:
-            nn.init.zeros_(self.codebook.logits.weight)
+        for layer in [self.codebook and self.codebook.logits, self.estimate_in]:
+            if layer is not None:
+                nn.init.zeros_(layer.weight)
 
     def hidden_matrices(self):
         """The matrices of attention and MLPs."""
@@ -219,14 +225,15 @@ class DiT(nn.Module):
     def rope(self, pos):
         return interleaved_rope(pos, self.config, self.txt_in.proj.weight.device)
 
-    def forward(self, z, t, time_index=None, layout=None, cache=None, with_codes=False):
+    def forward(self, z, t, time_index=None, layout=None, cache=None, estimate=None, with_codes=False):
         """Velocity of every latent.
 
         z (B, n, d).
         t: the times that occur in a row, (B or 1, T) in [0, 1], or (B,) or (1,) if there is but one; or their Times.
-        time_index (B or 1, n), 0 .. T-1, such as NOISY and CLEAN: which of them each latent has; None: all the first.
+        time_index (B or 1, n), 0 .. T-1, such as CLEAN and NOISY: which of them each latent has; None: all the last.
         layout: a Layout made before, to use it again, or if the latents are not one plain sequence (training).
         cache: the history; z continues it.  Rows beyond those of the cache have no history.
+        estimate (B, n, d): an earlier one of z0, for self-conditioning (arXiv:2208.04202); 0 or None: there is none.
         Returns v (B, n, d) in fp32; with_codes: and the logarithms of the codes' weights, (B, n, n_codes).
         """
         if layout is None:
@@ -234,6 +241,8 @@ class DiT(nn.Module):
         t, modulation = t if isinstance(t, Times) else self.embed_times(t.view(len(t), -1))
 
         x = self.txt_in.proj(z.to(self.txt_in.proj.weight.dtype))  # (B, n, C)
+        if estimate is not None:
+            x = x + self.estimate_in(estimate.to(x.dtype))
         for i, block in enumerate(self.blocks):
             x = run_block(block, self.checkpointing, x, modulation[:, :, 6 * i : 6 * i + 6], time_index, layout, cache)
         shift, scale = at_positions(modulation[:, :, -2:], time_index)
@@ -242,7 +251,7 @@ class DiT(nn.Module):
         if self.codebook is None:
             return v
         # The time of every position, (B or 1, n or 1, 1); not as a product, which autocast would round.
-        t = t[:, :1, None] if time_index is None else (one_hot(time_index, t) * t[:, None]).sum(-1, keepdim=True)
+        t = t[:, -1:, None] if time_index is None else (one_hot(time_index, t) * t[:, None]).sum(-1, keepdim=True)
         mixture, log_w = self.codebook(x, z, t)
         return (v + mixture, log_w) if with_codes else v + mixture
 

@@ -8,6 +8,7 @@ so generation integrates the velocity from t = 1 down to t = 0 (Eq. 2.1.2).  The
 cosines have the wavelengths of diffusion models with 1000 steps, and between 0 and 1 most of them would hardly move.
 """
 
+import math
 from itertools import pairwise
 
 import torch
@@ -18,12 +19,12 @@ from extras.kernels import flex_mask
 from transformer import Layout, block_mask, sees
 
 
-def sample_times(n, loc, scale, generator=None, device=None):
-    """Logit-normal times t = sigmoid(N(loc, scale)), one for each of n sequences.  (n,)
+def sample_times(shape, loc, scale, generator=None, device=None):
+    """Logit-normal times t = sigmoid(N(loc, scale)), of that shape.
 
     With loc 1 the median is 0.73: high noise decides which text appears.  The more channels a latent has, the
     longer it can be told apart in noise, and the higher loc should be."""
-    return torch.sigmoid(loc + scale * torch.randn(n, generator=generator, device=device))
+    return torch.sigmoid(loc + scale * torch.randn(shape, generator=generator, device=device))
 
 
 def simulated_prompts(B, n, block_size, probability, generator=None, device=None):
@@ -41,7 +42,7 @@ def simulated_prompts(B, n, block_size, probability, generator=None, device=None
 def flow_matching_loss(dit, z0, z1, t, prompt=None, valid=None, block_size=None, code_weight=0.0):
     """L_FM of all blocks in one pass (stage 2, last term of Eq. 2.2.3).
 
-    z0 (B, n, d) clean latents; z1 (B, n, d) noise; t (B,) times.
+    z0 (B, n, d) clean latents; z1 (B, n, d) noise; t: a time for every row, (B,), or every block, (B, n_blocks).
     prompt: bool (B, n), latents that stay clean and carry no loss; valid: bool (B, n), False on padding, which carries
     none either; block_size: latents per block, default that of the dit's configuration.
     Returns the mean squared velocity error per channel, a scalar, plus the following.
@@ -61,15 +62,39 @@ def flow_matching_loss(dit, z0, z1, t, prompt=None, valid=None, block_size=None,
 
 def velocity_error(dit, z0, z1, t, is_clean=None, block_size=None, code_weight=0.0):
     """(v - (z1 - z0))^2 at z_t, the mean over channels: (B, n).  Options: of `flow_matching_loss`; is_clean: prompt."""
-    clean = z0.detach()
-    zt = torch.lerp(z0, z1, t[:, None, None])
+    clean, block_size = z0.detach(), block_size or dit.config.block_size
+    zt = torch.lerp(z0, z1, at_latents(t, z0.shape[1], block_size))
     if is_clean is not None:
         zt = torch.where(is_clean[..., None], clean, zt)
+    options = dict(block_size=block_size)
+    if dit.config.self_conditioning:
+        options["estimate"] = own_estimate(dit, clean, zt, t, is_clean, block_size)
     if code_weight == 0:
-        return (velocity_of_all_blocks(dit, clean, zt, t, is_clean, block_size) - (z1 - clean)).square().mean(-1)
-    v, log_w = velocity_of_all_blocks(dit, clean, zt, t, is_clean, block_size, with_codes=True)
+        return (velocity_of_all_blocks(dit, clean, zt, t, is_clean, **options) - (z1 - clean)).square().mean(-1)
+    v, log_w = velocity_of_all_blocks(dit, clean, zt, t, is_clean, **options, with_codes=True)
     log_w = log_w.gather(-1, dit.codebook.nearest(clean)[..., None])[..., 0]  # (B, n)
     return (v - (z1 - clean)).square().mean(-1) - code_weight * log_w
+
+
+@torch.no_grad()
+def own_estimate(dit, clean, zt, t, is_clean, block_size):
+    """Self-conditioning: what the network itself takes z0 to be at zt, which is zt - t v.  (B, n, d)
+
+    In training, half of the rows have none (0), as in the first step of a solver.  The others cost a forward pass."""
+    n_rows = len(zt) // 2 if dit.training else len(zt)
+    known = None if is_clean is None else is_clean[:n_rows]
+    v = velocity_of_all_blocks(dit, clean[:n_rows], zt[:n_rows], t[:n_rows], known, block_size)
+    estimate = zt[:n_rows] - at_latents(t[:n_rows], zt.shape[1], block_size) * v
+    if known is not None:
+        estimate = torch.where(known[..., None], clean[:n_rows], estimate)
+    return F.pad(estimate, (0, 0, 0, 0, 0, len(zt) - n_rows))
+
+
+def at_latents(t, n, block_size):
+    """The times of rows (B,), or of blocks (B, n_blocks), at all their latents: (B, n, 1)."""
+    if t.dim() == 1:
+        return t[:, None, None].expand(-1, n, 1)
+    return t[:, torch.arange(n, device=t.device) // block_size, None]
 
 
 def clean_length(n, block_size):
@@ -77,23 +102,27 @@ def clean_length(n, block_size):
     return (n - 1) // block_size * block_size
 
 
-def velocity_of_all_blocks(dit, clean, zt, t, is_clean=None, block_size=None, layout=None, **options):
+def velocity_of_all_blocks(dit, clean, zt, t, is_clean=None, block_size=None, estimate=None, layout=None, **options):
     """The velocity of all blocks of a sequence in one pass, each with its own clean history.  (B, n, d)
 
-    clean (B, n, d): the finished latents; zt (B, n, d): every block on its way; t (B or 1,); is_clean: bool (B, n),
-    which latents of zt are clean and have time 0; layout: of `training_layout`, to use it again; options: of `DiT`.
+    clean (B, n, d): the finished latents; zt (B, n, d): every block on its way; t (B or 1,) or (B, n_blocks); is_clean:
+    bool (B, n), which latents of zt are clean and have time 0; estimate (B, n, d): of z0, for self-conditioning;
+    layout: of `training_layout`, to use it again; options: of `DiT`.
 
     In one line as [clean without its last block | zt], both at the same positions, so that every noisy block is
     predicted from exactly the clean history that the sampler's cache would hold; the last clean block is nobody's
     history."""
     n, block_size = zt.shape[1], block_size or dit.config.block_size
     n_clean = clean_length(n, block_size)
-    is_clean = torch.zeros(1, n, dtype=torch.bool, device=zt.device) if is_clean is None else is_clean
-    time_index = torch.where(is_clean, CLEAN, NOISY)  # of the noisy half: a prompt in it is clean
+    block = torch.arange(n, device=zt.device)[None] // block_size  # (1, n)
+    time_index = NOISY + block if t.dim() == 2 else torch.full_like(block, NOISY)  # of the noisy half
+    if is_clean is not None:
+        time_index = torch.where(is_clean, CLEAN, time_index)
     v = dit(
         torch.cat([clean[:, :n_clean], zt], dim=1),  # (B, n_clean + n, d)
-        t=torch.stack([t, torch.zeros_like(t)], dim=1),
+        t=F.pad(t.view(len(t), -1), (1, 0)),  # with time 0 in front
         time_index=F.pad(time_index, (n_clean, 0), value=CLEAN),
+        estimate=None if estimate is None else F.pad(estimate, (0, 0, n_clean, 0)),
         layout=layout or training_layout(n, block_size, dit.rope, zt.device),
         **options,
     )
@@ -120,17 +149,33 @@ def guide(v_cond, v_uncond, cfg_scale):
     return v_uncond + cfg_scale * (v_cond - v_uncond)
 
 
-def solve(velocity, z, times, solver="euler", watch=None):
+def solver_times(steps, grid="uniform", loc=1.0, scale=1.0):
+    """The steps + 1 times of a solver from t = 1 to 0, a list: `uniform`, or at the `quantiles` of those of training,
+    sigmoid(N(loc, scale)), which are dense where it is decided which text appears."""
+    u = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64)
+    return (torch.sigmoid(loc + scale * torch.special.ndtri(u)) if grid == "quantiles" else u).tolist()
+
+
+def solve(velocity, z, times, solver="euler", eta=0.0, noise=None, watch=None):
     """Integrate dz/dt = velocity(z, t) along `times`, a list of numbers, down or up.
 
     z any shape.  `euler`: one evaluation a step.  `heun`: two, the mean of the slopes at both ends of the step
-    (the last step of a run to t = 0 evaluates at 0 as well).  watch(z, t): called after every step."""
+    (the last step of a run to t = 0 evaluates at 0 as well).  watch(z, t): called after every step.
+    eta: above 0, for times that go down, every step puts fresh noise, noise() of the shape of z, in place of a part of
+    the old, as much as in DDIM (arXiv:2010.02502, Eq. 16): with 1, the ancestral sampler of DDPM.  All times keep the
+    distribution that the flow gives them, and errors of earlier steps are forgotten."""
     for t, following in pairwise(times):
         dt = following - t
         v = velocity(z, t)
         if solver == "heun":
             v = (v + velocity(z + dt * v, following)) / 2
-        z = z + dt * v
+        if eta > 0:
+            z0, z1 = z - t * v, z + (1 - t) * v  # where v leads, and whence
+            kept = (1 - t) * following / ((1 - following) * t)  # the ratio of the signal-to-noise ratios at both times
+            fresh = eta * math.sqrt(1 - kept**2)
+            z = (1 - following) * z0 + following * (math.sqrt(1 - fresh**2) * z1 + fresh * noise())
+        else:
+            z = z + dt * v
         if watch is not None:
             watch(z, following)
     return z

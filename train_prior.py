@@ -38,13 +38,15 @@ class Options(common.TrainingOptions):  # which adds seed, device, resume and th
     n_head: int = option(2, "attention heads", low=1)
     n_layer: int = option(4, "transformer layers", low=1)
     block_size: tuple = option((1,), "latents per block; of several, each pass of training draws one", low=1)
+    self_conditioning: bool = option(True, "the prior sees its last estimate of z0 (not the paper's)")
     n_codes: int = option(512, "codes of the read-out, at most (extras/codebook.py); 0: the paper's prior", low=0)
     # objective
     t_loc: float = option(1.0, "times are sigmoid(N(t_loc, t_scale)); the paper: 1 for d = 16, 1.7 for 64, 2.3 for 128")
-    t_scale: float = option(1.0, "see t_loc", low=0.0)
+    t_scale: float = option(1.0, hidden=True)
+    block_times: bool = option(True, "a time of its own for every block of several latents; the paper: for every row")
     prompt_prob: float = option(0.05, "share of blocks that keep a random clean prefix, a prompt", low=0.0, high=1.0)
     joint: bool = option(False, "train the VAE along, held near its stage-1 encoder")
-    vae_weight: float = option(1.0, "joint: weight of the VAE's terms; that of the flow-matching loss is 1", low=0.0)
+    vae_weight: float = option(1.0, hidden=True)  # joint: of the VAE's terms; that of the flow-matching loss is 1
     ref_weight: float = option(1.0, "joint: weight of KL(q || q_ref), per token, to the frozen encoder", low=0.0)
     vae_lr_ratio: float = option(1.0, "joint: learning rate of the VAE over that of the prior", low=0.0)
     # optimization
@@ -52,7 +54,7 @@ class Options(common.TrainingOptions):  # which adds seed, device, resume and th
     batch_size: int = option(32, "sequences per step", low=1)
     seq_len: int = option(32, "tokens per sequence", low=1)
     lr: float = option(8e-3, "peak learning rate", low=0.0)
-    final_lr: float = option(1e-5, "learning rate at the end of the cosine", low=0.0)
+    final_lr: float = option(1e-5, hidden=True)  # at the end of the cosine
     warmup: int = option(50, "steps of linear warm-up", low=0)
     ema: float = option(0.99, "decay of the moving average of the weights, which gets sampled", low=0.0, high=1.0)
     # run
@@ -65,9 +67,10 @@ class Options(common.TrainingOptions):  # which adds seed, device, resume and th
 
 
 PRESETS = {  # "small" is what stands above
-    "plain": dict(n_codes=0, steps=2000),  # small, but the paper's prior, which takes longer to learn
+    "plain": dict(block_size=(1,), n_codes=0, self_conditioning=False, block_times=False, steps=2000),
     "2b": dict(
-        dim=2048, n_head=16, n_layer=24, block_size=(16,), n_codes=0, joint=True,
+        dim=2048, n_head=16, n_layer=24, block_size=(16,), n_codes=0, self_conditioning=False,
+        block_times=False, joint=True,
         batch_size=1408, micro_batch=16, seq_len=512, steps=200_000, save_every=1000,
         optimizer="adamw", lr=1.5e-4, final_lr=1e-5, warmup=5000, decoder_noise=0.0, checkpointing=True,
         ema=0.9999,  # not the paper's, which does not mention one
@@ -100,9 +103,10 @@ class PriorObjective(nn.Module):
         B, n, _ = z0.shape
 
         # Every block of every row flows from noise to its latents, given the clean blocks before it.
-        t = sample_times(B, o.t_loc, o.t_scale, generator, z0.device)  # (B,)
-        z1 = torch.randn(z0.shape, generator=generator, device=z0.device)
         block_size = o.block_size[torch.randint(len(o.block_size), (), generator=generator, device=z0.device)]
+        shape = (B, n // block_size) if o.block_times and block_size > 1 else (B,)
+        t = sample_times(shape, o.t_loc, o.t_scale, generator, z0.device)
+        z1 = torch.randn(z0.shape, generator=generator, device=z0.device)
         prompt = simulated_prompts(B, n, block_size, o.prompt_prob, generator, z0.device)
         code_weight = CODE_WEIGHT if self.training and o.n_codes else 0.0
         fm = flow_matching_loss(dit, z0, z1, t, prompt, block_size=block_size, code_weight=code_weight)
@@ -146,7 +150,8 @@ def dit_config(o, vae):
     head_dim = o.dim // o.n_head
     heads = dict(n_head=o.n_head, head_dim=head_dim, rope_dim=head_dim * 3 // 8 * 2)
     latents = dict(latent_dim=vae.latent_dim, block_size=o.block_size[0])  # the first is what sampling takes
-    return DiTConfig(dim=o.dim, n_layer=o.n_layer, n_codes=o.n_codes, **heads, **latents)
+    ours = dict(n_codes=o.n_codes, self_conditioning=o.self_conditioning, t_loc=o.t_loc, t_scale=o.t_scale)
+    return DiTConfig(dim=o.dim, n_layer=o.n_layer, **ours, **heads, **latents)
 
 
 def main():

@@ -14,7 +14,7 @@ names are those of the released checkpoint, so a state_dict needs no translation
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
@@ -47,7 +47,7 @@ class VAEConfig:
     encoder_last_ln: bool = True  # normalise mu, so that |mu|^2 = d: this fixes the scale of the latents
     use_variation: bool = True  # False: a plain autoencoder, whose posterior has no variance, and mu always normalised
     scaling_factor: float = 1.0  # the DiT sees (z - shifting_factor) * scaling_factor
-    shifting_factor: float = 0.0
+    shifting_factor: float = field(default=0.0, metadata=dict(above=-math.inf))
     norm_eps: float = 1e-6
     rope_theta: float = 500000.0
     init_std: float = 0.02

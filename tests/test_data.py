@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import data
-from extras import docstrings
+from extras import definitions
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 30
 ODD = "naïve 数据 🙂 x_1 = 12345\t\r\n  don't  <|endoftext|>\u00a0end "
@@ -112,16 +112,17 @@ def test_unknown_tokenizer_name():
         data.load_tokenizer("no-such-tokenizer")
 
 
-def test_docstring_summaries(tmp_path):
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "a.py").write_text('"""Not this one."""')
-    (tmp_path / "broken.py").write_text("def")
-    module = '"""A module that\ndoes things.\n\nMore."""\n'
-    function, table = 'def f():\n    """f(x) -> y"""\n', 'class C:\n    """Shows:\n    one\n        two."""'
-    (tmp_path / "b.py").write_text(module + function + table)
-    texts = list(docstrings.docstrings(tmp_path))
-    assert len(texts) == 3
-    assert list(docstrings.summaries(texts)) == ["A module that does things."]
+def test_definitions():
+    """Two entries as WordNet writes them, below a line of its licence."""
+    lines = [
+        "  1 This software and database is being provided to you, the LICENSEE, by  \n",
+        '00058743 04 n 02 flat_out 0 flight 1 010 @ 0004 | the act of escaping; a flight; "his flight was | guilt"  \n',
+        "00001740 00 a 01 able(p) 0 005 = 05200169 n 0000 | having means or skill  \n",
+    ]
+    assert list(definitions.definitions(lines)) == [
+        "flat out: the act of escaping; a flight",
+        "able: having means or skill",
+    ]
 
 
 def test_built_in_text_is_split_by_document(tmp_path):

@@ -68,32 +68,35 @@ def test_stage_1_by_hand():
 def flow_matching(dit, z, o, generator):
     """L_FM block by block, without the layout of training: each noisy block after its clean history, in the cache."""
     n = z.shape[1]
-    t = torch.sigmoid(o.t_loc + o.t_scale * torch.randn(B, generator=generator))
-    z1 = torch.randn(z.shape, generator=generator)
     size = o.block_size[torch.randint(len(o.block_size), (), generator=generator)]
+    shape = (B, n // size) if o.block_times else (B, 1)
+    t = torch.sigmoid(o.t_loc + o.t_scale * torch.randn(shape, generator=generator)).expand(B, n // size)
+    z1 = torch.randn(z.shape, generator=generator)
     chosen = torch.rand(B, n // size, generator=generator) < o.prompt_prob
     length = torch.randint(1, size, chosen.shape, generator=generator)
     errors, clean = [], z.detach()
     for b in range(n // size):
         block = slice(b * size, (b + 1) * size)
         prompt = (torch.arange(size) < length[:, b, None]) & chosen[:, b, None]  # (B, size)
-        zt = (1 - t[:, None, None]) * z[:, block] + t[:, None, None] * z1[:, block]
+        now = t[:, b, None, None]
+        zt = (1 - now) * z[:, block] + now * z1[:, block]
         zt = torch.where(prompt[..., None], clean[:, block], zt)
         sequence = torch.cat([clean[:, : b * size], zt], 1)
         is_clean = torch.cat([torch.ones(B, b * size, dtype=torch.bool), prompt], 1)
-        each = torch.where(is_clean, 0.0, t[:, None])  # a time of its own for every position
+        each = torch.where(is_clean, 0.0, t[:, b, None])  # a time of its own for every position
         layout = dit.layout(sequence.shape[1], "cpu", block_size=size)
         v = dit(sequence, each, torch.arange(sequence.shape[1])[None], layout)[:, b * size :]
         errors.append((v - (z1[:, block] - clean[:, block])).square().mean(-1)[~prompt])
     return torch.cat(errors).mean()
 
 
-PRIOR = dict(t_loc=-0.5, t_scale=0.8, prompt_prob=0.6, block_size=(BLOCK, 2), n_codes=0)
+PRIOR = dict(t_loc=-0.5, t_scale=0.8, prompt_prob=0.6, block_size=(BLOCK, 2), n_codes=0, self_conditioning=False)
 
 
-def test_stage_2_by_hand():
+@pytest.mark.parametrize("block_times", [True, False])
+def test_stage_2_by_hand(block_times):
     vae, dit, idx = patched_vae().requires_grad_(False), small_dit(), tokens()
-    o = train_prior.Options(**PRIOR)
+    o = train_prior.Options(block_times=block_times, **PRIOR)
     objective = train_prior.PriorObjective(o, torch.nn.ModuleDict(dict(dit=dit)), vae)
     for seed in range(4):  # which draw both block sizes
         loss, terms = objective(idx, torch.Generator().manual_seed(seed))
@@ -109,7 +112,8 @@ def test_codes_count_in_training_alone():
     objective = train_prior.PriorObjective(o, torch.nn.ModuleDict(dict(dit=dit)), vae)
     generator = torch.Generator().manual_seed(0)
     z0 = draw(vae.encode(idx), generator)
-    t = torch.sigmoid(-0.5 + 0.8 * torch.randn(B, generator=generator))
+    torch.randint(1, (), generator=generator)
+    t = torch.sigmoid(-0.5 + 0.8 * torch.randn((B, z0.shape[1] // BLOCK), generator=generator))
     z1 = torch.randn(z0.shape, generator=generator)
     plain, both = (flow_matching_loss(dit, z0, z1, t, code_weight=weight) for weight in (0.0, 1.0))
     for training, wanted in [(True, both), (False, plain)]:

@@ -219,7 +219,7 @@ def test_options_with_several_values():
 
 
 SCRIPTS = ["train_vae.py", "train_prior.py", "sample.py", "data.py", "measure.judge", "measure.evaluate"]
-SCRIPTS += ["measure.bench", "extras.docstrings"]
+SCRIPTS += ["measure.bench", "extras.definitions"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
