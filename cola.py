@@ -155,7 +155,8 @@ class ColaDLM(nn.Module):
         seed, row_ids: a row draws the noise of block b from a generator seeded seed + 1000 row_id + 10^7 b, as in the
         released code, so it does not depend on the rest of the batch; default 0, 1, 2, ...
         noise: (n_blocks, B, block_size, d) instead; generation ends with the last block of noise.
-        watch(z, t): sees the latents of a block (B, block_size, d) after every step of the solver.
+        watch(t, z, new): called after every step of the solver, with the latents (B, block_size, d) and the likeliest
+        tokens of each row, those of the prompt excepted.
 
         Kept as released, because the numbers depend on it: the decoder reads latents as the DiT left them, still
         shifted and scaled; and with patch_size 2 the second half of an odd prompt's last latent, which was encoded with
@@ -187,7 +188,8 @@ class ColaDLM(nn.Module):
             generators = block_generators(seed, [row_ids[row] for row in state.rows], b)
             draw = partial(normal, shape, generators, self.device)
             z1 = draw() if noise is None else noise[b, state.rows].to(self.device, torch.float32)  # (B, block_size, d)
-            z = self.next_block(state, z1, times, cfg_scale, solver, eta, draw, watch)
+            tell = watch and partial(self.tell, watch, state)
+            z = self.next_block(state, z1, times, cfg_scale, solver, eta, draw, tell)
 
             # Latents to tokens, all of the block at once.
             logits = self.vae.decode(z, state.vae_cache).float()  # (B, chunk, V)
@@ -211,6 +213,11 @@ class ColaDLM(nn.Module):
                 state.keep(kept)
                 z, seen = z[kept], seen[kept]
             self.append(state, z)
+
+    def tell(self, watch, state, z, t):
+        """Call watch(t, z, new) for an unfinished block z."""
+        tokens = self.vae.decode(z, state.vae_cache).argmax(-1).tolist()
+        watch(t, z, [row[old:] for row, old in zip(tokens, state.n_known, strict=True)])
 
     def kept_rows(self, going, n):
         """Which of n rows stay in the batch, if `going` are unfinished: all, until a quarter of them can leave."""
@@ -286,7 +293,8 @@ class ColaDLM(nn.Module):
             if estimate is not None:  # for the next step, of each branch its own
                 estimate = z - t * v
             return guide(*v.chunk(2), scale) if copies == 2 else v
-        return pinned(solve(guided_velocity, pinned(z1), times, solver, eta, draw, watch))
+        seen = watch and (lambda z, t: watch(pinned(z), t))
+        return pinned(solve(guided_velocity, pinned(z1), times, solver, eta, draw, seen))
 
     @torch.no_grad()
     def append(self, state, z):

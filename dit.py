@@ -225,7 +225,7 @@ class DiT(nn.Module):
     def rope(self, pos):
         return interleaved_rope(pos, self.config, self.txt_in.proj.weight.device)
 
-    def forward(self, z, t, time_index=None, layout=None, cache=None, estimate=None, with_codes=False):
+    def forward(self, z, t, time_index=None, layout=None, cache=None, estimate=None, n_out=None, with_codes=False):
         """Velocity of every latent.
 
         z (B, n, d).
@@ -234,7 +234,8 @@ class DiT(nn.Module):
         layout: a Layout made before, to use it again, or if the latents are not one plain sequence (training).
         cache: the history; z continues it.  Rows beyond those of the cache have no history.
         estimate (B, n, d): an earlier one of z0, for self-conditioning (arXiv:2208.04202); 0 or None: there is none.
-        Returns v (B, n, d) in fp32; with_codes: and the logarithms of the codes' weights, (B, n, n_codes).
+        n_out: the velocity of the last so many latents alone; None: of all.
+        Returns v (B, n_out, d) in fp32; with_codes: and the logarithms of the codes' weights, (B, n_out, n_codes).
         """
         if layout is None:
             layout = self.layout(z.shape[1], z.device, cache, 1 if cache is None else len(z) // cache.batch_size)
@@ -245,6 +246,9 @@ class DiT(nn.Module):
             x = x + self.estimate_in(estimate.to(x.dtype))
         for i, block in enumerate(self.blocks):
             x = run_block(block, self.checkpointing, x, modulation[:, :, 6 * i : 6 * i + 6], time_index, layout, cache)
+        if n_out is not None:
+            x, z = x[:, -n_out:], z[:, -n_out:]
+            time_index = time_index if time_index is None else time_index[:, -n_out:]
         shift, scale = at_positions(modulation[:, :, -2:], time_index)
         x = modulate(self.txt_out_norm(x), shift, scale)
         v = self.txt_out.proj(x).float()

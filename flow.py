@@ -118,15 +118,15 @@ def velocity_of_all_blocks(dit, clean, zt, t, is_clean=None, block_size=None, es
     time_index = NOISY + block if t.dim() == 2 else torch.full_like(block, NOISY)  # of the noisy half
     if is_clean is not None:
         time_index = torch.where(is_clean, CLEAN, time_index)
-    v = dit(
+    return dit(
         torch.cat([clean[:, :n_clean], zt], dim=1),  # (B, n_clean + n, d)
         t=F.pad(t.view(len(t), -1), (1, 0)),  # with time 0 in front
         time_index=F.pad(time_index, (n_clean, 0), value=CLEAN),
         estimate=None if estimate is None else F.pad(estimate, (0, 0, n_clean, 0)),
         layout=layout or training_layout(n, block_size, dit.rope, zt.device),
+        n_out=n,
         **options,
     )
-    return v[:, n_clean:] if torch.is_tensor(v) else tuple(x[:, n_clean:] for x in v)
 
 
 def training_layout(n, block_size, rope, device, flex=None):

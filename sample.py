@@ -3,6 +3,7 @@
     python sample.py                                  # new documents
     python sample.py --prompt "latin small letter"    # continue a prompt
     python sample.py --num-samples 1                  # one sample is shown block by block, as it is generated
+    python sample.py --num-samples 1 --block-size 4 --show-steps       # and each block as it forms out of noise
     python sample.py --model path/to/released --max-new-tokens 32 --repetition-penalty 1.1
     torchrun --nproc_per_node=8 sample.py             # the same samples, shared out over 8 devices
 """
@@ -24,10 +25,25 @@ class Options(SamplingOptions):
     model: str = option("", "folder in the released format; nothing: runs/cola if there is one, else pretrained")
     prompt: tuple = option(("",), "one or more texts to continue; empty: a new document")
     num_samples: int = option(10, "samples of each prompt", low=1)
+    show_steps: bool = option(False, "one sample: show each block as it forms out of noise, a line for every step")
     stop_at_eos: bool = option(True, "end a sample where the model ends its document")
     device: str = option("auto", "auto, cpu, cuda, mps")
     compile: bool = option(False, "compile a step of the solver: many samples come faster, after a minute")
     dtype: str = option("auto", "of the weights; auto: bf16 on CUDA, else fp32", choices=DTYPES)
+
+
+def show_step(tokenizer):
+    """A function for `watch` of `ColaDLM.generate_blocks`: prints the text that a block would be, and what changed."""
+    before = None
+
+    def show(t, _, new):
+        nonlocal before
+        (row,) = new
+        changed = "" if before is None else f"{sum(a != b for a, b in zip(before, row, strict=True)):2} changed"
+        before = row if t > 0 else None  # the next block begins anew
+        print(f"\n{t:6.3f}  {changed:10}  {tokenizer.decode(row)!r}", end="" if t > 0 else "\n", flush=True)
+
+    return show
 
 
 def main():
@@ -44,6 +60,10 @@ def main():
     settings = o.settings() | dict(eos_id=model.tokenizer.eot_token if o.stop_at_eos else None)
     prompts = [prompt for prompt in o.prompt for _ in range(o.num_samples)]
     after = [prompt or END_OF_TEXT for prompt in prompts]  # after the end of a document begins a new one
+    if o.show_steps:
+        if len(prompts) != 1:
+            raise ValueError("--show-steps shows one sample: add --num-samples 1")
+        settings["watch"] = show_step(model.tokenizer)
     if len(prompts) == 1:
         print(prompts[0], end="", flush=True)
         for (piece,) in model.stream(after, **settings):

@@ -37,7 +37,7 @@ class Options(common.TrainingOptions):  # which adds seed, device, resume and th
     dim: int = option(192, "width", low=1)
     n_head: int = option(2, "attention heads", low=1)
     n_layer: int = option(4, "transformer layers", low=1)
-    block_size: tuple = option((1,), "latents per block; of several, each pass of training draws one", low=1)
+    block_size: tuple = option((1, 2, 4), "latents per block; of several, each pass of training draws one", low=1)
     self_conditioning: bool = option(True, "the prior sees its last estimate of z0 (not the paper's)")
     n_codes: int = option(512, "codes of the read-out, at most (extras/codebook.py); 0: the paper's prior", low=0)
     # objective
@@ -50,7 +50,7 @@ class Options(common.TrainingOptions):  # which adds seed, device, resume and th
     ref_weight: float = option(1.0, "joint: weight of KL(q || q_ref), per token, to the frozen encoder", low=0.0)
     vae_lr_ratio: float = option(1.0, "joint: learning rate of the VAE over that of the prior", low=0.0)
     # optimization
-    steps: int = option(1000, "training steps", low=1)
+    steps: int = option(1400, "training steps", low=1)
     batch_size: int = option(32, "sequences per step", low=1)
     seq_len: int = option(32, "tokens per sequence", low=1)
     lr: float = option(8e-3, "peak learning rate", low=0.0)

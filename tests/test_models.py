@@ -1,6 +1,7 @@
 """Properties of the two networks: what sees what, caches, options, layouts."""
 
 import functools
+import math
 from itertools import product
 
 import pytest
@@ -12,7 +13,16 @@ import vae
 from cola import ColaDLM
 from dit import Codebook, DiT, DiTConfig
 from extras.kernels import compile_blocks
-from flow import flow_matching_loss, sample_times, simulated_prompts, solve, training_layout, velocity_of_all_blocks
+from flow import (
+    flow_matching_loss,
+    sample_times,
+    simulated_prompts,
+    solve,
+    solver_times,
+    training_layout,
+    velocity_error,
+    velocity_of_all_blocks,
+)
 from train_vae import Options, VAEObjective
 from transformer import Layout, block_mask, make_layout
 from vae import Posterior, TextVAE, VAEConfig, half_rope, masked_view_loss
@@ -150,30 +160,63 @@ def test_cached_equals_uncached():
     torch.testing.assert_close(torch.cat(v, 1), dit(z, t), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("n_codes", [0, 5])
-def test_noisy_half_of_the_training_layout_equals_cached_inference(n_codes):
-    dit, n = small_dit(n_codes=n_codes), 4 * BLOCK
+@pytest.mark.parametrize("ours", [{}, dict(n_codes=5), dict(n_codes=5, self_conditioning=True)])
+def test_noisy_half_of_the_training_layout_equals_cached_inference(ours):
+    dit, n = small_dit(**ours), 4 * BLOCK
     z0, z1, t = torch.randn(3, n, d), torch.randn(3, n, d), torch.tensor([0.2, 0.5, 0.9])
     zt = torch.lerp(z0, z1, t[:, None, None])
     seen = []
 
     class Recorder:
-        config, rope = dit.config, staticmethod(dit.rope)
+        config, rope, training = dit.config, staticmethod(dit.rope), False
 
         def __call__(self, *args, **kwargs):
             seen.append(dit(*args, **kwargs))
-            return seen[0]
+            return seen[-1]
 
     loss = flow_matching_loss(Recorder(), z0, z1, t)
-    training = seen[0][:, n - BLOCK :]
+    training = seen[-1]
     torch.testing.assert_close(loss, (training - z1 + z0).square().mean())
     cache = dit.new_cache(3, n)
     for start in range(0, n, BLOCK):
         block = slice(start, start + BLOCK)
         sampling = dit(zt[:, block], t, cache=cache)
+        if dit.config.self_conditioning:
+            estimate = zt[:, block] - t[:, None, None] * sampling
+            sampling = dit(zt[:, block], t, cache=cache, estimate=estimate)
         torch.testing.assert_close(sampling, training[:, block], atol=1e-5, rtol=0)
         dit(z0[:, block], torch.zeros(1), cache=cache)
         cache.commit(BLOCK)
+
+
+def test_self_conditioning_of_half_the_rows():
+    """In training the first half of the rows sees its own estimate, the rest none; latents of a prompt are known."""
+    dit = small_dit(self_conditioning=True)
+    z0, z1, t = torch.randn(4, 8, d), torch.randn(4, 8, d), torch.tensor([0.2, 0.5, 0.9, 0.4])
+    prompt = torch.rand(4, 8) < 0.3
+    zt = torch.where(prompt[..., None], z0, torch.lerp(z0, z1, t[:, None, None]))
+    without = velocity_of_all_blocks(dit, z0, zt, t, prompt)
+    estimate = torch.where(prompt[..., None], z0, zt - t[:, None, None] * without)
+    both = velocity_of_all_blocks(dit, z0, zt, t, prompt, estimate=estimate)
+    wanted = (torch.cat([both[:2], without[2:]]) - (z1 - z0)).square().mean(-1)
+    assert not torch.allclose(both, without, atol=0.1)
+    torch.testing.assert_close(velocity_error(dit.train(), z0, z1, t, prompt), wanted)
+    wanted = (both - (z1 - z0)).square().mean(-1)
+    torch.testing.assert_close(velocity_error(dit.eval(), z0, z1, t, prompt), wanted)
+
+
+def test_the_sampler_hands_on_the_last_estimate():
+    """One block, two steps by hand; latents that the prompt determines are their own estimate."""
+    model = ColaDLM(small_vae(), small_dit(self_conditioning=True))
+    state, z1 = model.prefill([[1, 2]]), torch.randn(1, BLOCK, d)
+    found = model.next_block(state, z1, [1.0, 0.6, 0.0], cfg_scale=1.0)
+    known = state.is_known[..., None]
+    z, estimate = torch.where(known, state.known_z, z1), torch.zeros_like(z1)
+    for t, dt in [(1.0, 0.4), (0.6, 0.6)]:
+        times = torch.tensor([[0.0, t]])
+        v = model.dit(z, times, torch.where(state.is_known, 0, 1), estimate=estimate).masked_fill(known, 0.0)
+        z, estimate = z - dt * v, z - t * v
+    torch.testing.assert_close(found, z)
 
 
 def test_history_changes_the_velocity_and_guidance_drops_it():
@@ -200,9 +243,9 @@ def test_times():
     dit, z, t = small_dit(), torch.randn(2, 8, d), torch.tensor([0.3, 0.8])
     clean = torch.rand(2, 8) < 0.5
     per_position = dit(z, torch.where(clean, 0.0, t[:, None]), torch.arange(8)[None])
-    both = torch.stack([t, torch.zeros(2)], 1)
-    torch.testing.assert_close(dit(z, both, clean.long()), per_position)
-    torch.testing.assert_close(dit(z, dit.embed_times(both), clean.long()), per_position)
+    both = torch.stack([torch.zeros(2), t], 1)
+    torch.testing.assert_close(dit(z, both, 1 - clean.long()), per_position)
+    torch.testing.assert_close(dit(z, dit.embed_times(both), 1 - clean.long()), per_position)
     torch.testing.assert_close(dit(z, both), dit(z, t))
 
 
@@ -399,8 +442,8 @@ def test_gradient_reaches_the_encoder_through_the_noisy_latents_only():
     class Copy:
         config, rope = dit.config, staticmethod(dit.rope)
 
-        def __call__(self, z, *args, **kwargs):
-            return self.factor * z
+        def __call__(self, z, *args, n_out, **kwargs):
+            return self.factor * z[:, -n_out:]
 
     prior = Copy()
     for factor in (0.0, 2.0):
@@ -433,6 +476,38 @@ def test_gaussian_data_are_generated_exactly():
 
     z1 = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(solve(velocity, z1, times, "heun"), m + s * z1, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_fresh_noise_leaves_the_distribution_as_it_is(eta):
+    """On Gaussian data, for which the velocity is known; nothing but the latent itself tells one draw from another."""
+    m, s = 1.0, 0.5
+    generator = torch.Generator().manual_seed(0)
+
+    def velocity(z, t):
+        variance = (1 - t) ** 2 * s**2 + t**2
+        return -m + (t - (1 - t) * s**2) / variance * (z - (1 - t) * m)
+
+    z1, seen = torch.randn(50_000, generator=generator), []
+
+    def noise():
+        return torch.randn(z1.shape, generator=generator)
+
+    times = solver_times(200)
+    z = solve(velocity, z1, times, eta=eta, noise=noise, watch=lambda z, t: seen.append((t, z.mean(), z.std())))
+    for t, mean, std in seen[99:]:
+        assert mean.item() == pytest.approx((1 - t) * m, abs=0.02)
+        assert std.item() == pytest.approx(((1 - t) ** 2 * s**2 + t**2) ** 0.5, abs=0.02)
+    correlation = torch.corrcoef(torch.stack([z, z1]))[0, 1].item()
+    assert correlation == pytest.approx(1.0, abs=1e-3) if eta == 0 else correlation < (0.9 if eta < 1 else 0.1)
+
+
+def test_times_of_the_solver():
+    assert solver_times(4) == [1.0, 0.75, 0.5, 0.25, 0.0]
+    times = solver_times(4, "quantiles", loc=1.0, scale=0.5)
+    normal = 0.6744897501960817  # three quarters of N(0, 1) are below
+    inner = [1 / (1 + math.exp(-x)) for x in (1 + 0.5 * normal, 1, 1 - 0.5 * normal)]
+    assert times == pytest.approx([1.0, *inner, 0.0])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
