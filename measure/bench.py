@@ -17,6 +17,7 @@ every position, keys rotated anew in every step, guidance in two passes; and eac
 import json
 import time
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -147,7 +148,8 @@ def build(o, device):
     """A ColaDLM of the preset's sizes with random weights, none of them zero."""
     sizes = train_vae.PRESETS.get(o.preset, {}) | dict(preset=o.preset, block_size=o.block_size)
     vae_config = train_vae.vae_config(train_vae.Options(**sizes))
-    prior = train_prior.Options(**dict(n_codes=0) | train_prior.PRESETS.get(o.preset, {}))  # the paper's
+    papers = train_prior.PRESETS["2b" if o.preset == "2b" else "plain"] | dict(block_size=(o.block_size,))
+    prior = train_prior.Options(**papers)
     dit_config = train_prior.dit_config(prior, vae_config)
     with device:
         models = TextVAE(vae_config), DiT(dit_config)
@@ -286,6 +288,8 @@ def generation(o, model, device, table, rate, bandwidth, label):
             values = dict(ratio=slow / fast, difference=(run(rows, noise=noise) - slow_run()).abs().mean().item())
             table.add(f"generation, {rows} rows, {label}: gain over the slow way", **values)
     if o.growth:
+        for rows, steps in product(o.rows, (4, 8)):
+            measure(f"generation, {rows} rows, {label}, blocks of {c.block_size}, {steps} steps", rows, steps=steps)
         rows = o.rows[0]
         measure(f"generation, {rows} rows, {label}, twice the steps", rows, steps=2 * o.steps)
         measure(f"generation, {rows} rows, {label}, no guidance", rows, cfg_scale=1.0)

@@ -1,5 +1,6 @@
 """A yardstick, not a part of the project: an ordinary autoregressive transformer, as large as the default prior,
-trained for so many seconds on the same tokens.  Its samples go to a file for measure/judge.py.
+trained for so many seconds on the same tokens.  It says how fast it samples, with a cache as the prior has one, and
+its samples go to a file for measure/judge.py.
 
     python tests/autoregressive.py --seconds 400 --out ar.jsonl
     python -m measure.judge --texts ar.jsonl
@@ -20,7 +21,7 @@ import common
 import data
 from common import option
 from measure.judge import text_of
-from transformer import make_layout
+from transformer import KVCache, make_layout
 from vae import VAEBlock, VAEConfig, half_rope
 
 
@@ -30,7 +31,7 @@ class Autoregressive(nn.Module):
     def __init__(self, vocab_size, dim=192, ffn_dim=1792, n_head=2, n_layer=4):
         super().__init__()
         config = VAEConfig(vocab_size=vocab_size, dim=dim, ffn_dim=ffn_dim, n_head=n_head, post_norm=False)
-        self.head_dim = dim // n_head
+        self.n_head, self.head_dim = n_head, dim // n_head
         self.embed = nn.Embedding(vocab_size, dim)
         self.blocks = nn.ModuleList(VAEBlock(config, i) for i in range(n_layer))
         self.norm = nn.LayerNorm(dim)
@@ -43,12 +44,29 @@ class Autoregressive(nn.Module):
     def rope(self, pos):
         return half_rope(pos, self.head_dim, 10000.0, pos.device)
 
-    def forward(self, idx):  # (B, L) -> (B, L, V)
-        layout = make_layout(idx.shape[1], 1, self.rope, idx.device)
+    def forward(self, idx, cache=None):  # (B, L) -> (B, L, V)
+        layout = make_layout(idx.shape[1], 1, self.rope, idx.device, cache)
         x = self.embed(idx)
         for block in self.blocks:
-            x = block(x, layout)
+            x = block(x, layout, cache)
         return self.head(self.norm(x))
+
+    @torch.no_grad()
+    def generate(self, n_rows, n_tokens, first, temperature):
+        """Token ids (B, n_tokens) behind the token `first`."""
+        cache = KVCache(len(self.blocks), n_rows, self.n_head, n_tokens, self.head_dim)
+        idx = torch.full((n_rows, 1), first)
+        for _ in range(n_tokens):
+            probs = (self(idx[:, -1:], cache)[:, -1] / temperature).softmax(-1)
+            cache.commit(1)
+            idx = torch.cat([idx, torch.multinomial(probs, 1)], 1)
+        return idx[:, 1:]
+
+
+def timed(function, *args):
+    start = time.perf_counter()
+    function(*args)
+    return time.perf_counter() - start
 
 
 @dataclass
@@ -82,14 +100,15 @@ def main():
         step += 1
 
     with torch.no_grad():
+        model.eval()
         held_out = data.even_batch(corpus.val, 64, o.seq_len + 1)
         loss = F.cross_entropy(model(held_out[:, :-1]).flatten(0, 1), held_out[:, 1:].flatten())
-        idx = torch.full((o.num_samples, 1), corpus.tokenizer.eot_token)
-        for _ in range(o.max_new_tokens):
-            probs = (model(idx)[:, -1] / o.temperature).softmax(-1)
-            idx = torch.cat([idx, torch.multinomial(probs, 1)], 1)
     print(f"{step} steps; held-out loss {loss:.3f} nats per token")
-    rows = [text_of(corpus.tokenizer, row).decode(errors="replace") for row in idx[:, 1:].tolist()]
+    for n_rows in (1, 8):
+        spent = min(timed(model.generate, n_rows, 256, corpus.tokenizer.eot_token, o.temperature) for _ in range(3))
+        print(f"{n_rows} rows of 256 tokens: {256 * n_rows / spent:.0f} tokens/s")
+    idx = model.generate(o.num_samples, o.max_new_tokens, corpus.tokenizer.eot_token, o.temperature)
+    rows = [text_of(corpus.tokenizer, row).decode(errors="replace") for row in idx.tolist()]
     Path(o.out).write_text("".join(json.dumps(dict(text=row)) + "\n" for row in rows))
 
 
