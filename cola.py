@@ -293,6 +293,7 @@ class ColaDLM(nn.Module):
             if estimate is not None:  # for the next step, of each branch its own
                 estimate = z - t * v
             return guide(*v.chunk(2), scale) if copies == 2 else v
+
         seen = watch and (lambda z, t: watch(pinned(z), t))
         return pinned(solve(guided_velocity, pinned(z1), times, solver, eta, draw, seen))
 

@@ -128,6 +128,20 @@ class PriorObjective(nn.Module):
         return loss, {name: value.detach() for name, value in terms.items()}
 
 
+@torch.no_grad()
+def held_out_loss(o, dit, vae, tokens, micro_batch):
+    """The flow-matching loss on EVAL_SEQUENCES of a token file, as a text, for each of the block sizes."""
+    device, texts = next(dit.parameters()).device, []
+    idx = data.even_batch(tokens, EVAL_SEQUENCES, o.seq_len).to(device)  # (N, L)
+    for block_size in sorted(set(o.block_size)):
+        of_size, generator = replace(o, joint=False, block_size=(block_size,)), common.step_generator(o.seed, 0, device)
+        objective = PriorObjective(of_size, nn.ModuleDict(dict(dit=dit)), vae).eval()
+        with common.autocast(device, o.precision):
+            loss = sum(objective(part, generator)[0] * len(part) for part in idx.split(micro_batch)) / len(idx)
+        texts.append(f"{loss.item():.4f} in blocks of {block_size}")
+    return f"flow-matching loss on {idx.numel():,} held-out tokens: {', '.join(texts)}"
+
+
 def fsdp_groups(models):
     """For FSDP: what modulates a block is computed before all blocks, so it is gathered apart from the rest of it."""
     groups = [group for block in models.dit.blocks for group in ([*block.ada.values()], block)]
@@ -173,6 +187,8 @@ def main():
     data.check_seq_len(o.seq_len, vae.config.patch_size, vae.config.block_size, *o.block_size)
     if o.joint and o.n_codes:
         raise ValueError(f"--joint moves the latents away from their codes: leave out --n-codes {o.n_codes}")
+    if o.self_conditioning and micro_batch < 2:
+        raise ValueError("--self-conditioning takes half of the sequences of a pass: it needs 2 of them at least")
     text = o.data or (f"{o.vae}/data",)
     if not o.data and not data.is_prepared(text[0]):
         raise ValueError(f"{o.vae} has no text of its own: name some with --data")
@@ -184,6 +200,8 @@ def main():
     dit = DiT(config).to(device)
     if o.n_codes and not o.resume:
         fit_codes(dit.codebook, vae, corpus.train, o.seq_len)
+        print(f"{held_out_loss(o, dit, vae, corpus.val, micro_batch)}, by the codes alone, without any context")
+        dit.train()
     trained = nn.ModuleDict(dict(dit=dit, vae=copy.deepcopy(vae)) if o.joint else dict(dit=dit))
     vae.requires_grad_(False)  # the frozen VAE, or the reference
     ema = copy.deepcopy(trained).requires_grad_(False)
@@ -247,16 +265,7 @@ def main():
     if processes.rank() > 0:
         return
     dit, vae = average["dit"].to(device), average.get("vae", vae).to(device)
-    held_out = data.even_batch(corpus.val, EVAL_SEQUENCES, o.seq_len).to(device)
-    generator = common.step_generator(o.seed, 0, device)
-    for block_size in sorted(set(o.block_size)):
-        of_size = replace(o, joint=False, block_size=(block_size,))
-        evaluated = PriorObjective(of_size, nn.ModuleDict(dict(dit=dit)), vae).eval()
-        with torch.no_grad(), amp:
-            parts = held_out.split(micro_batch)
-            loss = sum(evaluated(part, generator)[0] * len(part) for part in parts) / len(held_out)
-        tokens = f"{held_out.numel():,} held-out tokens, blocks of {block_size}"
-        print(f"flow-matching loss on {tokens}: {loss.item():.4f}")
+    print(held_out_loss(o, dit, vae, corpus.val, micro_batch))
     print(f"the model is in {run.folder}; next: python sample.py --model {run.folder}")
 
 

@@ -33,17 +33,16 @@ class GaussianPrior:
     def rope(self, pos):
         return pos
 
-    def __call__(self, z, t, time_index, layout):
-        n = int(layout.rope.max()) + 1
+    def __call__(self, z, t, time_index, layout, n_out, estimate):
+        n = n_out
         clean, zt = z[:, : z.shape[1] - n], z[:, -n:]
         d, block_size = z.shape[2], self.config.block_size
         mean = self.mean(torch.cat([clean, zt[:, :block_size]], 1))  # nothing reads the last block
-        t = t[0, 0]
+        t = t[0, 1]
         scale = (t * torch.eye(len(self.cov)) - (1 - t) * self.cov) @ torch.linalg.inv(self.at(t))
         x = zt.unflatten(1, (-1, block_size)).flatten(2)  # (B, blocks, 2 d)
         v = -mean + (x - (1 - t) * mean) @ scale.T
-        v = v.flatten(1).unflatten(1, (n, d))
-        return torch.cat([torch.zeros_like(clean), v], 1)
+        return v.flatten(1).unflatten(1, (n, d))
 
     def at(self, t):
         """Covariance of z_t."""
@@ -103,9 +102,9 @@ class StandardNormalPrior(nn.Module):
     def rope(self, pos):
         return pos
 
-    def forward(self, z, t, time_index, layout):
-        t = t[0, 0]
-        return z * (2 * t - 1) / ((1 - t) ** 2 + t**2)
+    def forward(self, z, t, time_index, layout, n_out, estimate):
+        t = t[0, 1]
+        return z[:, -n_out:] * (2 * t - 1) / ((1 - t) ** 2 + t**2)
 
 
 class LinearGaussianVAE(nn.Module):

@@ -1,7 +1,9 @@
 """Training: the pipeline learns, resumes exactly, and says in one line what is wrong with its input."""
 
+import ast
 import importlib
 import json
+import re
 import shutil
 from itertools import pairwise
 
@@ -72,6 +74,16 @@ def test_sampling_from_the_command_line(trained):
     assert done.stdout.startswith("Line")
     several = run("sample.py", "--num-samples 3 --max-new-tokens 8 --steps 2 --model runs/joint", trained)
     assert several.stdout.count("--- sample") == 3
+
+
+def test_a_block_is_shown_as_it_forms(trained):
+    """A line for every step; the last of each block is what comes out, whatever the block size."""
+    start = "--prompt Line --num-samples 1 --max-new-tokens 8 --steps 3 --block-size 2 --no-stop-at-eos"
+    plain = run("sample.py", start, trained).stdout
+    shown = run("sample.py", f"{start} --show-steps", trained).stdout
+    blocks = [re.findall(rf"^ *{t} .{{12}}(.*)$", shown, re.MULTILINE) for t in (r"0\.807", r"0\.639", r"0\.000")]
+    assert len(blocks[0]) == len(blocks[1]) == len(blocks[2]) >= 4
+    assert plain == "Line" + "".join(map(ast.literal_eval, blocks[2]))[: len(plain) - 5] + "\n"
 
 
 def test_without_a_run_the_model_of_the_repository_speaks(tmp_path):
