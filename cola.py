@@ -8,7 +8,7 @@ one more at t = 0 if another block follows, and one pass of the decoder, whateve
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +22,8 @@ from dit import CLEAN, NOISY
 from flow import guide, solve, solver_times
 from released_format import find_tokenizer, load_dit, load_vae, save_dit, save_vae
 from transformer import KVCache
+
+RELEASED = SamplingOptions(grid="uniform", eta=0.0, cfg_scale=7.0)  # the defaults of the library
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Choosing tokens
@@ -120,57 +122,39 @@ class ColaDLM(nn.Module):
 
     @torch.no_grad()
     def generate_blocks(
-        self,
-        ids,
-        max_new_tokens=64,
-        eos_id=None,
-        block_size=0,
-        steps=16,
-        cfg_scale=7.0,
-        solver="euler",
-        grid="uniform",
-        eta=0.0,
-        temperature=0.0,
-        top_k=0,
-        top_p=1.0,
-        repetition_penalty=1.0,
-        pad_id=None,
-        seed=0,
-        row_ids=None,
-        noise=None,
-        watch=None,
+        self, ids, max_new_tokens=64, eos_id=None, pad_id=None, row_ids=None, noise=None, watch=None, **options
     ):
         """The block generator: yield a `Block` of latents and tokens at a time, until no row needs another.
 
         ids: a list of token ids for every row.
         max_new_tokens, eos_id: a row needs no other block once it has so many new tokens, or this one.  Rows that are
         finished leave the batch together, when they are a quarter of it.
+        pad_id: fills the prompt's last block for the encoder (where, in the released model, it matters); default the
+        last id of the vocabulary.
+        row_ids: a row draws the noise of block b from a generator seeded seed + 1000 row_id + 10^7 b, as in the
+        released code, so it does not depend on the rest of the batch; default 0, 1, 2, ...
+        noise: (n_blocks, B, block_size, d) instead; generation ends with the last block of noise.
+        watch(t, z, new): called after every step of the solver, with the latents (B, block_size, d) and the likeliest
+        tokens of each row, those of the prompt excepted.
+        options: of `common.SamplingOptions`, by default as in RELEASED.  Raises ValueError for one out of range.
+
         block_size: latents per block; 0: the prior's own.  A prior trained with several sizes writes with each.
         steps, solver, grid, eta: from noise to latent, see `flow.solve` and `flow.solver_times`.
         cfg_scale: guidance u + s (c - u) of the block with its history over the block without; 1 disables guidance.
         temperature: 0 takes the likeliest token at each position; otherwise top_k and top_p apply (0 and 1: off).
         repetition_penalty: as released, the ids that count are the model's own predictions of earlier blocks.
-        pad_id: fills the prompt's last block for the encoder (where, in the released model, it matters); default the
-        last id of the vocabulary.
-        seed, row_ids: a row draws the noise of block b from a generator seeded seed + 1000 row_id + 10^7 b, as in the
-        released code, so it does not depend on the rest of the batch; default 0, 1, 2, ...
-        noise: (n_blocks, B, block_size, d) instead; generation ends with the last block of noise.
-        watch(t, z, new): called after every step of the solver, with the latents (B, block_size, d) and the likeliest
-        tokens of each row, those of the prompt excepted.
 
         Kept as released, because the numbers depend on it: the decoder reads latents as the DiT left them, still
         shifted and scaled; and with patch_size 2 the second half of an odd prompt's last latent, which was encoded with
         padding there, is decoded like a new token (or, where it ends a block, passed over).
         """
-        numbers = dict(max_new_tokens=max_new_tokens, block_size=block_size, steps=steps, solver=solver, seed=seed)
-        numbers |= dict(grid=grid, eta=eta, cfg_scale=cfg_scale, temperature=temperature, top_k=top_k, top_p=top_p)
-        check_range(SamplingOptions, numbers | dict(repetition_penalty=repetition_penalty))
-        c = self.vae.config
-        block_size = block_size or self.dit.config.block_size
-        shape, chunk = (block_size, c.latent_dim), block_size * c.patch_size
+        o = replace(RELEASED, max_new_tokens=max_new_tokens, **options)
+        check_range(SamplingOptions, asdict(o))
         if not ids:
             return
-        row_ids = list(range(len(ids)) if row_ids is None else row_ids)
+        c, row_ids = self.vae.config, list(range(len(ids)) if row_ids is None else row_ids)
+        block_size = o.block_size or self.dit.config.block_size
+        shape, chunk = (block_size, c.latent_dim), block_size * c.patch_size
         left = [max_new_tokens] * len(ids)  # new tokens that each row still needs
         state = self.prefill(ids, max_new_tokens, pad_id, block_size)
         n_blocks = state.n_blocks
@@ -180,23 +164,23 @@ class ColaDLM(nn.Module):
             if noise.dim() != 4 or len(noise) == 0 or noise.shape[1:] != wanted:
                 raise ValueError(f"noise must be (n_blocks, *{wanted}), not {tuple(noise.shape)}")
             n_blocks = min(n_blocks, len(noise))
-        times = solver_times(steps, grid, self.dit.config.t_loc, self.dit.config.t_scale)
+        times = solver_times(o.steps, o.grid, self.dit.config.t_loc, self.dit.config.t_scale)
         seen = torch.zeros(len(ids), c.vocab_size, dtype=torch.bool, device=self.device)  # predicted in earlier blocks
 
         for b in range(n_blocks):
             # Noise to latents, given the history.
-            generators = block_generators(seed, [row_ids[row] for row in state.rows], b)
+            generators = block_generators(o.seed, [row_ids[row] for row in state.rows], b)
             draw = partial(normal, shape, generators, self.device)
             z1 = draw() if noise is None else noise[b, state.rows].to(self.device, torch.float32)  # (B, block_size, d)
             tell = watch and partial(self.tell, watch, state)
-            z = self.next_block(state, z1, times, cfg_scale, solver, eta, draw, tell)
+            z = self.next_block(state, z1, times, o.cfg_scale, o.solver, o.eta, draw, tell)
 
             # Latents to tokens, all of the block at once.
             logits = self.vae.decode(z, state.vae_cache).float()  # (B, chunk, V)
-            if repetition_penalty != 1:
-                logits = penalise(logits, seen, repetition_penalty)
+            if o.repetition_penalty != 1:
+                logits = penalise(logits, seen, o.repetition_penalty)
             uniform = torch.stack([torch.rand(chunk, generator=g) for g in generators]).to(self.device)
-            tokens = pick_tokens(logits, uniform, temperature, top_k, top_p)  # (B, chunk)
+            tokens = pick_tokens(logits, uniform, o.temperature, o.top_k, o.top_p)  # (B, chunk)
             seen.scatter_(1, tokens, True)
             last = b == n_blocks - 1
             new = [row[old:] for row, old in zip(tokens.tolist(), state.n_known, strict=True)]

@@ -54,7 +54,7 @@ SOLVERS, GRIDS = ("euler", "heun"), ("uniform", "quantiles")  # of `flow.solve` 
 @dataclasses.dataclass
 class SamplingOptions:
     """The options of `ColaDLM.stream` as the scripts have them: the only home of their ranges.  (The defaults are for
-    small models; those of the library are the released ones.)"""
+    small models; those of the library are the released ones, `cola.RELEASED`.)"""
 
     max_new_tokens: int = option(64, "at most so many new tokens a sample", low=1)
     block_size: int = option(0, "latents per block; 0: the model's own", low=0)

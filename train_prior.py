@@ -168,6 +168,21 @@ def dit_config(o, vae):
     return DiTConfig(dim=o.dim, n_layer=o.n_layer, **ours, **heads, **latents)
 
 
+def open_stage1(o, folder, device):
+    """The VAE, the configuration of a prior for it, and a Corpus in its tokens; from `folder`, if the run goes on."""
+    source = folder if o.resume else Path(o.vae)
+    vae = load_vae(source, device)
+    tokenizer = find_tokenizer(source, vae.config.vocab_size, required=True)
+    config = dit_config(o, vae.config)
+    data.check_seq_len(o.seq_len, vae.config.patch_size, vae.config.block_size, *o.block_size)
+    text = o.data or (f"{o.vae}/data",)
+    if not o.data and not data.is_prepared(text[0]):
+        raise ValueError(f"{o.vae} has no text of its own: name some with --data")
+    corpus = data.open_corpus(text, folder / "data", lambda: tokenizer, o.batch_size, o.seq_len, o.resume)
+    data.check_same(corpus.tokenizer, tokenizer)
+    return vae, config, corpus
+
+
 def main():
     options, given = common.parse_options(Options, __doc__, PRESETS)
     if options.joint and "n_codes" not in given:  # the latents would move away from their codes
@@ -178,22 +193,12 @@ def main():
     o, device = run.options, processes.join_processes(common.pick_device(options.device))
     amp = common.autocast(device, o.precision)
 
-    # The VAE, and text in its tokens.
-    source = run.folder if o.resume else Path(o.vae)
-    vae = load_vae(source, device)
-    tokenizer = find_tokenizer(source, vae.config.vocab_size, required=True)
-    config = dit_config(o, vae.config)
     micro_batch = data.micro_batch_size(o.batch_size, o.micro_batch, processes.n_processes())
-    data.check_seq_len(o.seq_len, vae.config.patch_size, vae.config.block_size, *o.block_size)
     if o.joint and o.n_codes:
         raise ValueError(f"--joint moves the latents away from their codes: leave out --n-codes {o.n_codes}")
     if o.self_conditioning and micro_batch < 2:
         raise ValueError("--self-conditioning takes half of the sequences of a pass: it needs 2 of them at least")
-    text = o.data or (f"{o.vae}/data",)
-    if not o.data and not data.is_prepared(text[0]):
-        raise ValueError(f"{o.vae} has no text of its own: name some with --data")
-    corpus = data.open_corpus(text, run.folder / "data", lambda: tokenizer, o.batch_size, o.seq_len, o.resume)
-    data.check_same(corpus.tokenizer, tokenizer)
+    vae, config, corpus = open_stage1(o, run.folder, device)
 
     # What is trained, its moving average and its optimizer; new or as they were.
     torch.manual_seed(o.seed)
@@ -236,7 +241,7 @@ def main():
     if not o.resume:
         if processes.rank() == 0:
             save_vae(vae, run.folder)  # a frozen VAE and the tokenizer stay as they are
-            data.save_tokenizer(tokenizer, run.folder / "tokenizer.json")
+            data.save_tokenizer(corpus.tokenizer, run.folder / "tokenizer.json")
         run.save(0, optimizer, **states)  # from here on --resume finds all it needs
     export()
     tokens_per_step = o.batch_size * o.seq_len
