@@ -62,7 +62,7 @@ class SamplingOptions:
     solver: str = option("euler", "ODE solver; heun evaluates the prior twice a step", choices=SOLVERS)
     grid: str = option("quantiles", "times of the steps; quantiles: of the times of training", choices=GRIDS)
     eta: float = option(1.0, "share of fresh noise in each step, as in DDIM; 0: the ODE", low=0.0, high=1.0)
-    cfg_scale: float = option(3.0, "guidance: how strongly the history steers; 1: none; 7: released", low=0.0, high=1e3)
+    cfg_scale: float = option(4.0, "guidance: how strongly the history steers; 1: none; 7: released", low=0.0, high=1e3)
     temperature: float = option(0.0, "of the tokens; 0 takes the likeliest", low=0.0)
     top_k: int = option(0, "keep the k likeliest tokens; 0 keeps all", low=0)
     top_p: float = option(1.0, "keep the likeliest tokens of this total probability", low=0.0, high=1.0)

@@ -16,14 +16,14 @@ import json
 import math
 import zlib
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import data
-from cola import ColaDLM
+from cola import RELEASED, ColaDLM
 from common import (
     DTYPES,
     SamplingOptions,
@@ -496,8 +496,9 @@ def main():
 
 
 def run_tasks(model, jobs, o, given):
-    """The benchmarks, with 32 new tokens and guidance 7 as in the paper unless the command line says otherwise."""
-    paper = {name: value for name, value in dict(max_new_tokens=32, cfg_scale=7.0).items() if name not in given}
+    """The benchmarks, with 32 new tokens and the released sampler unless the command line says otherwise."""
+    released = asdict(replace(RELEASED, max_new_tokens=32))
+    paper = {name: released[name] for name in ("max_new_tokens", "cfg_scale", "grid", "eta") if name not in given}
     settings, ranking = o.settings() | paper, None
     if o.rank:
         n_samples = o.samples if "samples" in given else 1  # with one, what belongs to the prompt cancels
