@@ -77,7 +77,7 @@ PRESETS = {  # "small" is what stands above
     ),
 }  # fmt: skip
 EVAL_SEQUENCES = 128  # held-out sequences behind the figure at the end
-CODE_WEIGHT = 1.0  # of the cross-entropy of the codes, in training
+CODE_WEIGHT = 1.0  # of the cross-entropy of the codes, in training; what the bar and the log show is the sum
 
 
 class PriorObjective(nn.Module):
