@@ -133,12 +133,13 @@ class ColaDLM(nn.Module):
         last id of the vocabulary.
         row_ids: a row draws the noise of block b from a generator seeded seed + 1000 row_id + 10^7 b, as in the
         released code, so it does not depend on the rest of the batch; default 0, 1, 2, ...
-        noise: (n_blocks, B, block_size, d) instead; generation ends with the last block of noise.
-        watch(t, z, new): called after every step of the solver, with the latents (B, block_size, d) and the likeliest
+        noise: (n_blocks, B, block_size, d), where blocks begin, instead; generation ends with the last of them.
+        watch(z, t, new): called after every step of the solver, with the latents (B, block_size, d) and the likeliest
         tokens of each row, those of the prompt excepted.
         options: of `common.SamplingOptions`, by default as in RELEASED.  Raises ValueError for one out of range.
 
-        block_size: latents per block; 0: the prior's own.  A prior trained with several sizes writes with each.
+        block_size: latents per block; 0: the prior's own.  A prior trained with several sizes writes with each.  Where
+        a block ends inside one of the VAE's, as in the released chat, the decoder sees that one unfinished.
         steps, solver, grid, eta: from noise to latent, see `flow.solve` and `flow.solver_times`.
         cfg_scale: guidance u + s (c - u) of the block with its history over the block without; 1 disables guidance.
         temperature: 0 takes the likeliest token at each position; otherwise top_k and top_p apply (0 and 1: off).
@@ -172,8 +173,8 @@ class ColaDLM(nn.Module):
             generators = block_generators(o.seed, [row_ids[row] for row in state.rows], b)
             draw = partial(normal, shape, generators, self.device)
             z1 = draw() if noise is None else noise[b, state.rows].to(self.device, torch.float32)  # (B, block_size, d)
-            tell = watch and partial(self.tell, watch, state)
-            z = self.next_block(state, z1, times, o.cfg_scale, o.solver, o.eta, draw, tell)
+            on_step = watch and partial(self.tell, watch, state)
+            z = self.next_block(state, z1, times, o.cfg_scale, o.solver, o.eta, draw, on_step)
 
             # Latents to tokens, all of the block at once.
             logits = self.vae.decode(z, state.vae_cache).float()  # (B, chunk, V)
@@ -199,9 +200,9 @@ class ColaDLM(nn.Module):
             self.append(state, z)
 
     def tell(self, watch, state, z, t):
-        """Call watch(t, z, new) for an unfinished block z."""
+        """Call watch(z, t, new) for an unfinished block z."""
         tokens = self.vae.decode(z, state.vae_cache).argmax(-1).tolist()
-        watch(t, z, [row[old:] for row, old in zip(tokens, state.n_known, strict=True)])
+        watch(z, t, [row[old:] for row, old in zip(tokens, state.n_known, strict=True)])
 
     def kept_rows(self, going, n):
         """Which of n rows stay in the batch, if `going` are unfinished: all, until a quarter of them can leave."""
@@ -235,7 +236,7 @@ class ColaDLM(nn.Module):
             history = prompt_z[:, : int(n_history.max())]
             layout = self.dit.layout(history.shape[1], self.device, state.dit_cache, block_size=block_size)
             self.dit(history, torch.zeros(1, device=self.device), None, layout, state.dit_cache)
-            self.vae.decode(history, state.vae_cache)
+            self.vae.decode(history, state.vae_cache, n_history)
             state.dit_cache.commit(n_history)
             state.vae_cache.commit(n_history)
         is_known = torch.arange(block_size) < (n_latents - n_history)[:, None]  # (B, block_size)
@@ -247,9 +248,9 @@ class ColaDLM(nn.Module):
         return state
 
     @torch.no_grad()
-    def next_block(self, state, z1, times, cfg_scale=7.0, solver="euler", eta=0.0, draw=None, watch=None):
+    def next_block(self, state, z1, times, cfg_scale, solver="euler", eta=0.0, noise=None, on_step=None):
         """Carry noise z1 (B, block_size, d) along `times`, a list from 1 to 0, to the next block of latents.
-        Options: of `flow.solve`.
+        solver, eta, noise: of `flow.solve`; on_step(z, t): called after every step.
 
         "Clean repaint": latents that the prompt determines are clean (time 0) and do not move.
         Rows without a history are not guided: there both branches are one and the same, and guidance would only amplify
@@ -278,8 +279,8 @@ class ColaDLM(nn.Module):
                 estimate = z - t * v
             return guide(*v.chunk(2), scale) if copies == 2 else v
 
-        seen = watch and (lambda z, t: watch(pinned(z), t))
-        return pinned(solve(guided_velocity, pinned(z1), times, solver, eta, draw, seen))
+        watch = on_step and (lambda z, t: on_step(pinned(z), t))
+        return pinned(solve(guided_velocity, pinned(z1), times, solver, eta, noise, watch))
 
     @torch.no_grad()
     def append(self, state, z):

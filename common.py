@@ -57,9 +57,9 @@ class SamplingOptions:
     small models; those of the library are the released ones, `cola.RELEASED`.)"""
 
     max_new_tokens: int = option(64, "at most so many new tokens a sample", low=1)
-    block_size: int = option(0, "latents per block; 0: the model's own", low=0)
+    block_size: int = option(0, "latents per block, one of those in training; 0: the model's own", low=0)
     steps: int = option(16, "steps of the ODE solver per block", low=1)
-    solver: str = option("euler", "ODE solver; heun evaluates the prior twice a step", choices=SOLVERS)
+    solver: str = option("euler", "heun evaluates the prior twice a step, for --eta 0", choices=SOLVERS)
     grid: str = option("quantiles", "times of the steps; quantiles: of the times of training", choices=GRIDS)
     eta: float = option(1.0, "share of fresh noise in each step, as in DDIM; 0: the ODE", low=0.0, high=1.0)
     cfg_scale: float = option(4.0, "guidance: how strongly the history steers; 1: none; 7: released", low=0.0, high=1e3)

@@ -5,8 +5,9 @@ Attention is bidirectional inside a block of latents and causal across blocks (E
 as a whole, given the finished blocks before it.  Tokens never appear here.
 
 The time enters through adaLN-Zero: every block has its LayerNorms shifted and scaled, and its two branches gated, by
-linear functions of a time embedding.  A sequence holds few times, 0 where latents are clean and t where they are noisy,
-so the modulation is computed once per distinct time and never per position (that would be a third of all block FLOPs).
+linear functions of a time embedding.  A sequence holds few times, 0 where latents are clean and t where they are noisy
+(one t, or one for every block), so the modulation is computed once per distinct time and never per position (that would
+be a third of all block FLOPs).
 
 Two parts are ours and not the paper's, and off in released models: with n_codes above 0, a `Codebook` adds to the
 velocity (extras/codebook.py); with self_conditioning, the network also sees its own last estimate of z0.
@@ -25,7 +26,7 @@ from extras.codebook import Codebook
 from transformer import KVCache, apply_rope, attend, make_layout, rope_freqs, run_block
 
 TIME_CHANNELS = 256
-CLEAN, NOISY = 0, 1  # which time a latent has, as an index of those of its row, [0, t]
+CLEAN, NOISY = 0, 1  # which time a latent has, as an index of those of its row: [0, t], or [0, t of every block]
 ROPE_THETA = 10000.0
 
 
@@ -44,8 +45,9 @@ class DiTConfig:
     qk_bias: bool = False  # bias of the query/key/value projection and of the attention's output
     norm_eps: float = 1e-5
     # Not in the released configuration, and written to files only where they differ from these defaults.
-    t_loc: float = field(default=1.0, metadata=dict(above=-math.inf, ours=True))  # times of training are
-    t_scale: float = field(default=1.0, metadata=dict(ours=True))  # sigmoid(N(t_loc, t_scale)), see `flow.solver_times`
+    # Times of training were sigmoid(N(t_loc, t_scale)); `flow.solver_times` can place the steps of the solver by them.
+    t_loc: float = field(default=1.0, metadata=dict(above=-math.inf, ours=True))
+    t_scale: float = field(default=1.0, metadata=dict(ours=True))
     n_codes: int = field(default=0, metadata=dict(low=0, ours=True))  # of the `Codebook`; 0: none
     self_conditioning: bool = field(default=False, metadata=dict(ours=True))  # see `DiT.forward`
 

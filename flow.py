@@ -44,7 +44,7 @@ def flow_matching_loss(dit, z0, z1, t, prompt=None, valid=None, block_size=None,
 
     z0 (B, n, d) clean latents; z1 (B, n, d) noise; t: a time for every row, (B,), or every block, (B, n_blocks).
     prompt: bool (B, n), latents that stay clean and carry no loss; valid: bool (B, n), False on padding, which carries
-    none either; block_size: latents per block, default that of the dit's configuration.
+    none either (for rows of different lengths); block_size: latents per block, default that of the dit's configuration.
     Returns the mean squared velocity error per channel, a scalar, plus the following.
     code_weight: for a prior with a `Codebook`, adds code_weight times -log w(z_t) of the code nearest to z0, in nats
     per latent.  Both have the same minimum, the true distribution of codes, but the logarithm is found faster.
@@ -66,9 +66,9 @@ def velocity_error(dit, z0, z1, t, is_clean=None, block_size=None, code_weight=0
     zt = torch.lerp(z0, z1, at_latents(t, z0.shape[1], block_size))
     if is_clean is not None:
         zt = torch.where(is_clean[..., None], clean, zt)
-    options = dict(block_size=block_size)
+    options = dict(block_size=block_size, layout=training_layout(z0.shape[1], block_size, dit.rope, z0.device))
     if dit.config.self_conditioning:
-        options["estimate"] = own_estimate(dit, clean, zt, t, is_clean, block_size)
+        options["estimate"] = own_estimate(dit, clean, zt, t, is_clean, **options)
     if code_weight == 0:
         return (velocity_of_all_blocks(dit, clean, zt, t, is_clean, **options) - (z1 - clean)).square().mean(-1)
     v, log_w = velocity_of_all_blocks(dit, clean, zt, t, is_clean, **options, with_codes=True)
@@ -77,17 +77,20 @@ def velocity_error(dit, z0, z1, t, is_clean=None, block_size=None, code_weight=0
 
 
 @torch.no_grad()
-def own_estimate(dit, clean, zt, t, is_clean, block_size):
+def own_estimate(dit, clean, zt, t, is_clean, block_size, layout):
     """Self-conditioning: what the network itself takes z0 to be at zt, which is zt - t v.  (B, n, d)
 
     In training, half of the rows have none (0), as in the first step of a solver.  The others cost a forward pass."""
     n_rows = len(zt) // 2 if dit.training else len(zt)
-    known = None if is_clean is None else is_clean[:n_rows]
-    v = velocity_of_all_blocks(dit, clean[:n_rows], zt[:n_rows], t[:n_rows], known, block_size)
-    estimate = zt[:n_rows] - at_latents(t[:n_rows], zt.shape[1], block_size) * v
-    if known is not None:
-        estimate = torch.where(known[..., None], clean[:n_rows], estimate)
-    return F.pad(estimate, (0, 0, 0, 0, 0, len(zt) - n_rows))
+    estimate = torch.zeros_like(zt)
+    if n_rows == 0:
+        return estimate
+    clean, zt, t, is_clean = (x if x is None else x[:n_rows] for x in (clean, zt, t, is_clean))
+    v = velocity_of_all_blocks(dit, clean, zt, t, is_clean, block_size, layout=layout)
+    estimate[:n_rows] = zt - at_latents(t, zt.shape[1], block_size) * v
+    if is_clean is not None:
+        estimate[:n_rows] = torch.where(is_clean[..., None], clean, estimate[:n_rows])
+    return estimate
 
 
 def at_latents(t, n, block_size):
@@ -115,7 +118,7 @@ def velocity_of_all_blocks(dit, clean, zt, t, is_clean=None, block_size=None, es
     n, block_size = zt.shape[1], block_size or dit.config.block_size
     n_clean = clean_length(n, block_size)
     block = torch.arange(n, device=zt.device)[None] // block_size  # (1, n)
-    time_index = NOISY + block if t.dim() == 2 else torch.full_like(block, NOISY)  # of the noisy half
+    time_index = NOISY + block if t.dim() == 2 else torch.full_like(block, NOISY)  # of [0, t, ...]
     if is_clean is not None:
         time_index = torch.where(is_clean, CLEAN, time_index)
     return dit(
@@ -161,8 +164,9 @@ def solve(velocity, z, times, solver="euler", eta=0.0, noise=None, watch=None):
 
     z any shape.  `euler`: one evaluation a step.  `heun`: two, the mean of the slopes at both ends of the step
     (the last step of a run to t = 0 evaluates at 0 as well).  watch(z, t): called after every step.
-    eta: above 0, for times that go down, every step puts fresh noise, noise() of the shape of z, in place of a part of
-    the old, as much as in DDIM (arXiv:2010.02502, Eq. 16): with 1, the ancestral sampler of DDPM.  All times keep the
+    eta: above 0, for times that go down, every step puts fresh noise, noise() of the shape of z (default: the global
+    generator's), in place of a part of the old, as much as in DDIM (arXiv:2010.02502, Eq. 16): with 1, the ancestral
+    sampler of DDPM.  All times keep the
     distribution that the flow gives them, and errors of earlier steps are forgotten."""
     for t, following in pairwise(times):
         dt = following - t
@@ -171,9 +175,10 @@ def solve(velocity, z, times, solver="euler", eta=0.0, noise=None, watch=None):
             v = (v + velocity(z + dt * v, following)) / 2
         if eta > 0:
             z0, z1 = z - t * v, z + (1 - t) * v  # where v leads, and whence
-            kept = (1 - t) * following / ((1 - following) * t)  # the ratio of the signal-to-noise ratios at both times
+            kept = (1 - t) / t * following / (1 - following)  # signal over noise, now and at the next time: below 1
             fresh = eta * math.sqrt(1 - kept**2)
-            z = (1 - following) * z0 + following * (math.sqrt(1 - fresh**2) * z1 + fresh * noise())
+            new = noise() if noise else torch.randn_like(z)
+            z = (1 - following) * z0 + following * (math.sqrt(1 - fresh**2) * z1 + fresh * new)
         else:
             z = z + dt * v
         if watch is not None:

@@ -43,7 +43,7 @@ class Run:
                 raise ValueError(f"{self.folder} holds a run of another script or version, with {flag(unknown[0])}")
             for name in (given - set(self.FREE)) & saved.keys():  # an older run may lack an option of today
                 if getattr(options, name) != saved[name]:
-                    value = " ".join(saved[name]) if isinstance(saved[name], tuple) else saved[name]
+                    value = " ".join(map(str, saved[name])) if isinstance(saved[name], tuple) else saved[name]
                     raise ValueError(f"{self.folder} goes on with {flag(name)} {value}: resume it without {flag(name)}")
             kept = {name: value for name, value in saved.items() if name not in given | {"resume", "out"}}
             self.options = replace(options, **kept)

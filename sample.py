@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cola import ColaDLM
 from common import DTYPES, SamplingOptions, option, parse_options, pick_device, run_script, weights_dtype
-from data import END_OF_TEXT
+from data import END_OF_TEXT, decode_bytes
 from processes import collect, join_processes, n_processes, rank
 
 PRETRAINED = Path(__file__).parent / "pretrained"  # the small model that comes with the repository
@@ -36,12 +36,13 @@ def show_step(tokenizer):
     """A function for `watch` of `ColaDLM.generate_blocks`: prints the text that a block would be, and what changed."""
     before = None
 
-    def show(t, _, new):
+    def show(z, t, new):
         nonlocal before
         (row,) = new
         changed = "" if before is None else f"{sum(a != b for a, b in zip(before, row, strict=True)):2} changed"
         before = row if t > 0 else None  # the next block begins anew
-        print(f"\n{t:6.3f}  {changed:10}  {tokenizer.decode(row)!r}", end="" if t > 0 else "\n", flush=True)
+        text = decode_bytes(tokenizer, row).decode(errors="replace")
+        print(f"\n{t:6.3f}  {changed:10}  {text!r}", end="" if t > 0 else "\n", flush=True)
 
     return show
 

@@ -37,7 +37,7 @@ class Options(common.TrainingOptions):  # which adds seed, device, resume and th
     dim: int = option(192, "width", low=1)
     n_head: int = option(2, "attention heads", low=1)
     n_layer: int = option(4, "transformer layers", low=1)
-    block_size: tuple = option((1, 2, 4), "latents per block; of several, each pass of training draws one", low=1)
+    block_size: tuple = option((1, 2, 4), "latents per block, drawn in each pass; the first is that of sampling", low=1)
     self_conditioning: bool = option(True, "the prior sees its last estimate of z0 (not the paper's)")
     n_codes: int = option(512, "codes of the read-out, at most (extras/codebook.py); 0: the paper's prior", low=0)
     # objective
@@ -104,7 +104,7 @@ class PriorObjective(nn.Module):
 
         # Every block of every row flows from noise to its latents, given the clean blocks before it.
         block_size = o.block_size[torch.randint(len(o.block_size), (), generator=generator, device=z0.device)]
-        shape = (B, n // block_size) if o.block_times and block_size > 1 else (B,)
+        shape = (B, n // block_size) if o.block_times and block_size > 1 else (B,)  # not one for every latent
         t = sample_times(shape, o.t_loc, o.t_scale, generator, z0.device)
         z1 = torch.randn(z0.shape, generator=generator, device=z0.device)
         prompt = simulated_prompts(B, n, block_size, o.prompt_prob, generator, z0.device)
@@ -205,7 +205,7 @@ def main():
     dit = DiT(config).to(device)
     if o.n_codes and not o.resume:
         fit_codes(dit.codebook, vae, corpus.train, o.seq_len)
-        print(f"{held_out_loss(o, dit, vae, corpus.val, micro_batch)}, by the codes alone, without any context")
+        print(f"the codes alone, without context: {held_out_loss(o, dit, vae, corpus.val, micro_batch)}")
         dit.train()
     trained = nn.ModuleDict(dict(dit=dit, vae=copy.deepcopy(vae)) if o.joint else dict(dit=dit))
     vae.requires_grad_(False)  # the frozen VAE, or the reference

@@ -36,7 +36,7 @@ class Options(common.TrainingOptions):  # which adds seed, device, resume and th
     n_decoder_layer: int = option(1, "transformer layers of the decoder", low=1)
     latent_dim: int = option(32, "channels of a latent", low=2)
     patch_size: int = option(1, "tokens per latent", low=1)
-    block_size: int = option(1, "latents per block, the unit of generation", low=1)
+    block_size: int = option(1, "latents that see each other in both directions; 1: a causal VAE", low=1)
     # objective
     beta: float = option(1e-4, "weight of the KL to N(0, I), in nats per token", low=0.0)
     mask_weight: float = option(0.5, "weight of the masked-view loss", low=0.0)

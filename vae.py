@@ -198,8 +198,8 @@ class TextVAE(nn.Module):
         """The matrices of attention and feed-forward layers."""
         return [p for block in self.blocks for p in block.parameters() if p.dim() == 2]
 
-    def layout(self, n, device, cache=None):
-        """The Layout of n latents behind the histories in `cache`."""
+    def layout(self, n, device, cache=None, lengths=None):
+        """The Layout of n latents behind the histories in `cache`; lengths: see `transformer.make_layout`."""
         c = self.config
         # In training, lengths are few, and each is worth compiling for.
         flex = self.training and torch.device(device).type == "cuda" and cache is None
@@ -207,7 +207,7 @@ class TextVAE(nn.Module):
         def rope(pos):
             return half_rope(pos, c.dim // c.n_head, c.rope_theta, device)
 
-        return make_layout(n, c.block_size, rope, device, cache, flex=flex)
+        return make_layout(n, c.block_size, rope, device, cache, flex=flex, lengths=lengths)
 
     def transform(self, x, blocks, layout, cache=None):
         """The transformer of either half.  x (B, n, C) -> (B, n, C)"""
@@ -239,15 +239,16 @@ class TextVAE(nn.Module):
         """A latent of this VAE in the units of the DiT."""
         return (z - self.config.shifting_factor) * self.config.scaling_factor
 
-    def decode(self, z, cache=None):
-        """z (B, n, d) latents -> logits (B, n*p, V).  With a cache, z continues the history held there."""
-        return self.decoder.final_layer(self.read(z, cache))
+    def decode(self, z, cache=None, lengths=None):
+        """z (B, n, d) latents -> logits (B, n*p, V).  With a cache, z continues the history held there.
+        lengths (B,): how many latents of each row count; None: all."""
+        return self.decoder.final_layer(self.read(z, cache, lengths))
 
-    def read(self, z, cache=None):
+    def read(self, z, cache=None, lengths=None):
         """All of `decode` except its last layer: (B, n, d) -> (B, n*p, C)."""
         c = self.config
         x = self.decoder.in_layer(z.to(self.decoder.in_layer.weight.dtype))  # (B, n, C)
-        x = self.transform(x, self.decoder.blocks, self.layout(z.shape[1], z.device, cache), cache)
+        x = self.transform(x, self.decoder.blocks, self.layout(z.shape[1], z.device, cache, lengths), cache)
         x = self.decoder.unpatch_layer(x)  # (B, n, C*p)
         x = x.unflatten(-1, (c.dim, c.patch_size)).transpose(2, 3).flatten(1, 2)  # (B, n*p, C)
         return self.decoder.final_norm(x)

@@ -27,6 +27,7 @@ def fast_flex_attention(q, k, v, mask):
 
 @functools.cache
 def compiled_flex_attention():
+    allow_recompilation()
     return torch.compile(flex_attention, dynamic=False)
 
 

@@ -281,8 +281,9 @@ def generated(model, prompts, max_new_tokens, **settings):
 
     The prompts are shared out over the processes."""
     p, rows = model.vae.config.patch_size, range(rank(), len(prompts), n_processes())
+    block_size = settings.get("block_size") or model.dit.config.block_size
     blocks = list(model.generate_blocks([prompts[i] for i in rows], max_new_tokens, row_ids=rows, **settings))
-    known = -(-(len(prompts[0]) % (model.dit.config.block_size * p)) // p)  # latents of the first block
+    known = -(-len(prompts[0]) // p) % block_size  # latents of the first block
     found = []
     for i in range(len(rows)):
         z = torch.cat([block.z[i] for block in blocks])[known:][: max_new_tokens // p]  # (n, d)
@@ -461,6 +462,8 @@ def main():
         jobs = benchmarks.open_tasks(o.tasks, o.task_data, o.limit, o.rank)  # the model takes longer to load
     dtype = weights_dtype(o.dtype, device) if o.tasks else torch.float32
     model = ColaDLM.from_pretrained(o.model, device, dtype, with_tokenizer=True).requires_grad_(False)
+    vae, prior = model.vae.config, model.dit.config
+    prior.block_size = o.block_size or prior.block_size  # for everything that follows
     if o.tasks:
         if o.compile:
             model = CompiledColaDLM(model)
@@ -468,8 +471,6 @@ def main():
 
     corpus = data.open_tokens(o.data)
     data.check_same(corpus.tokenizer, model.tokenizer)
-    vae, prior = model.vae.config, model.dit.config
-    prior.block_size = o.block_size or prior.block_size  # for everything that follows
     data.check_seq_len(o.seq_len, vae.patch_size, vae.block_size, prior.block_size)
     data.check_length(len(corpus.train), len(corpus.val), 1, o.seq_len + CONTEXT)
     rows = data.even_batch(corpus.val, o.num_sequences, o.seq_len + CONTEXT)

@@ -21,8 +21,9 @@ def flow_log_prob(dit, clean, zt=None, start=0.0, steps=128, probe=None):
     """log p(zt | clean history) of every block at the time `start`, in nats, (B, n_blocks); no gradient.
 
     clean (B, n, d): the finished latents; zt (B, n, d): those whose density is asked for, default the finished ones.
-    Along the flow, d log p(z_t) / dt = -div v (the instantaneous change of variables, arXiv:1806.07366), so if zt comes
-    from the noise z1,
+    The flow is that of the velocity alone: a self-conditioned prior sees no estimate here, for its density would depend
+    on the way.  Along the flow, d log p(z_t) / dt = -div v (the instantaneous change of variables, arXiv:1806.07366),
+    so if zt comes from the noise z1,
 
         log p(zt) = log N(z1; 0, I) + integral from start to 1 of div v dt.
 

@@ -174,12 +174,12 @@ def test_report(trained, monkeypatch, capsys):
 def test_generated_latents_belong_to_the_tokens(trained):
     """Also where the prompt ends inside a block: what the decoder makes of the latents are the new tokens."""
     model = ColaDLM.from_pretrained(trained / "runs/cola")
-    assert model.vae.config.block_size == 4
+    options = dict(max_new_tokens=10, block_size=4, steps=2, cfg_scale=1.0)
     for length in (8, 6):
         prompts = [[5] * length, [7] * length]
-        latents, rows = evaluate.generated(model, prompts, max_new_tokens=10, steps=2, cfg_scale=1.0)
+        latents, rows = evaluate.generated(model, prompts, **options)
         assert latents.shape == (2, 10, 4)
-        assert rows == model.generate(prompts, max_new_tokens=10, steps=2, cfg_scale=1.0)
+        assert rows == model.generate(prompts, **options)
         history = model.vae.encode(torch.tensor([row + [model.vae.config.vocab_size - 1] * 2 for row in prompts])).mu
         logits = model.vae.decode(torch.cat([history[:, :length], latents], 1))
         assert logits.argmax(-1)[:, length : length + 2].tolist() == [row[:2] for row in rows]

@@ -67,11 +67,12 @@ def test_finished_rows_leave_the_batch(model, monkeypatch):
     assert sizes[0] in (4, 8) and sizes[-1] <= 6
 
 
+@pytest.mark.parametrize("ours", [{}, dict(n_codes=5, self_conditioning=True)])
 @pytest.mark.parametrize("prompts", [PROMPTS, [[1, 2], [3, 4]]])
-def test_a_compiled_step_is_the_same_computation(prompts, monkeypatch):
+def test_a_compiled_step_is_the_same_computation(prompts, ours, monkeypatch):
     monkeypatch.setattr(compiled, "STATIC_LEN", 2 * BLOCK)  # so that the cache is read in several lengths
-    model = ColaDLM(small_vae(), small_dit()).requires_grad_(False)
-    options = dict(max_new_tokens=10, steps=2, seed=5)
+    model = ColaDLM(small_vae(), small_dit(**ours)).requires_grad_(False)
+    options = dict(max_new_tokens=10, steps=2, seed=5, eta=1.0 if ours else 0.0)
     wanted = model.generate(prompts, **options)
     model = CompiledColaDLM(model, backend="aot_eager")  # fails at a graph break
     assert model.generate(prompts, **options) == wanted
@@ -417,9 +418,22 @@ def test_any_block_size(vae_block, size):
     options = dict(max_new_tokens=10, steps=3, seed=5)
     rows = ColaDLM(vae, dit).generate(PROMPTS, block_size=size, **options)
     assert rows == ColaDLM(vae, other).generate(PROMPTS, **options)
-    alone = [ColaDLM(vae, dit).generate([p], block_size=size, **options | dict(seed=5 + 1000 * i))[0]
-             for i, p in enumerate(PROMPTS)]  # fmt: skip
-    assert rows == alone and [len(row) for row in rows] == [10] * 4
+    for i, (prompt, row) in enumerate(zip(PROMPTS, rows, strict=True)):
+        assert len(row) == 10
+        assert ColaDLM(vae, dit).generate([prompt], block_size=size, row_ids=[i], **options) == [row]
+
+
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_the_decoder_does_not_see_beyond_the_history_of_a_row(size):
+    """Keys of a short prompt in a batch with a long one, where a block ends inside one of the VAE's."""
+    model = ColaDLM(small_vae(), small_dit())
+    together = model.prefill([[1, 2, 3], [4] * 9], block_size=size)
+    for i, prompt in enumerate([[1, 2, 3], [4] * 9]):
+        alone = model.prefill([prompt], block_size=size)
+        n = alone.vae_cache.length[0]
+        assert n == together.vae_cache.length[i] == len(prompt) // size * size
+        for a, b in zip(alone.vae_cache.k, together.vae_cache.k, strict=True):
+            torch.testing.assert_close(a[0, :, :n], b[i, :, :n])
 
 
 def test_blocks_of_every_size_have_the_velocity_of_training():

@@ -278,6 +278,12 @@ def test_help_lists_every_option_with_its_default(script, tmp_path):
         ("sample.py", "--model {trained}/runs/cola --max-new-tokens 1000000000000", "not enough memory"),
         ("sample.py", "--model {trained}/runs/cola --cfg-scale 1e300", "--cfg-scale 1e+300 is out of range"),
         ("sample.py", "--model {trained}/runs/cola --device hpu", "only cpu, cuda and mps"),
+        (
+            "train_prior.py",
+            "--out {trained}/runs/cola --resume --block-size 8",
+            "goes on with --block-size 1 2 4: resume it without --block-size",
+        ),
+        ("train_prior.py", "--vae {trained}/runs/vae --batch-size 1 --seq-len 32", "--self-conditioning takes half of"),
         ("sample.py", "--solver rk4", "invalid choice: 'rk4'"),
         ("measure.judge", "--model nowhere --data {trained}/runs/vae/data", "nowhere/cola_vae/config.json does not"),
         ("measure.judge", "--data nowhere", "nowhere/tokenizer.json does not exist"),
