@@ -11,14 +11,14 @@ CODE_TOKENS = 1 << 16  # of the training text, in whose latents the codes are fo
 class Codebook(nn.Module):
     """A read-out for latents that gather around K points, the codes e_k.
 
-    Let z0 be drawn from the mixture sum_k pi_k N(e_k, s^2 I).  Of z_t = (1 - t) z0 + t z1 everything is known then; with
-    r = t^2 + (1 - t)^2 s^2,
+    Let z0 be drawn from the mixture sum_k pi_k N(e_k, s^2 I).  Of z_t = (1 - t) z0 + t z1 everything is known then;
+    with r = t^2 + (1 - t)^2 s^2,
 
         w_k(z_t) = const pi_k exp(((1 - t) z_t.e_k - (1 - t)^2 |e_k|^2 / 2) / r),      e = sum_k w_k(z_t) e_k
         v = E[z1 - z0 | z_t] = (t - (1 - t) s^2) / r (z_t - (1 - t) e) - e
 
-    The network adds one number h_k to each log w_k(z_t), then normalised anew.  It starts with h = 0, the velocity of the marginal q(z0), which a
-    plain prior takes most of a short training to find, and only has to learn what the context says.
+    The network adds one number h_k to each log w_k(z_t).  It starts with h = 0, the velocity of the marginal q(z0),
+    which a plain prior takes most of a short training to find, and only has to learn what the context says.
 
     It assumes what is true of a small VAE: the latents of a token lie in one place, wherever the token stands.  The
     conceptual price: the codes are found in latents alone (`fit`), but they stand for tokens, so this prior does know
