@@ -2,14 +2,16 @@
 trained for so many seconds on the same tokens.  It says how fast it samples, with a cache as the prior has one, and
 its samples go to a file for measure/judge.py.
 
-    python tests/autoregressive.py --seconds 400 --out ar.jsonl
+    python tests/autoregressive.py --seconds 400 --out ar.jsonl --model runs/cola
     python -m measure.judge --texts ar.jsonl
 """
 
+import functools
 import json
 import sys
 import time
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -19,6 +21,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 import data
+from cola import ColaDLM
 from common import option
 from measure.judge import text_of
 from transformer import KVCache, make_layout
@@ -63,6 +66,12 @@ class Autoregressive(nn.Module):
         return idx[:, 1:]
 
 
+def diffusion(model, block_size, n_rows, n_tokens):
+    """Generate with the defaults of sample.py."""
+    settings = common.SamplingOptions(max_new_tokens=n_tokens, block_size=block_size).settings()
+    return model.generate([[model.tokenizer.eot_token]] * n_rows, **settings)
+
+
 def timed(function, *args):
     start = time.perf_counter()
     function(*args)
@@ -81,6 +90,7 @@ class Options:
     max_new_tokens: int = option(64, "tokens per sample", low=1)
     seed: int = option(0, "seed of everything", low=0)
     out: str = option("ar.jsonl", "file of the samples")
+    model: str = option("", "folder of a Cola DLM, whose sampler is timed as well")
 
 
 def main():
@@ -104,9 +114,14 @@ def main():
         held_out = data.even_batch(corpus.val, 64, o.seq_len + 1)
         loss = F.cross_entropy(model(held_out[:, :-1]).flatten(0, 1), held_out[:, 1:].flatten())
     print(f"{step} steps; held-out loss {loss:.3f} nats per token")
-    for n_rows in (1, 8):
-        spent = min(timed(model.generate, n_rows, 256, corpus.tokenizer.eot_token, o.temperature) for _ in range(3))
-        print(f"{n_rows} rows of 256 tokens: {256 * n_rows / spent:.0f} tokens/s")
+    ways = {"autoregressive": functools.partial(model.generate, first=corpus.tokenizer.eot_token, temperature=1.0)}
+    if o.model:
+        prior = ColaDLM.from_pretrained(o.model)
+        for size in (1, 2, 4, 8, 16):
+            ways[f"blocks of {size}"] = functools.partial(diffusion, prior, size)
+    for n_rows, (name, generate) in product((1, 8), ways.items()):
+        spent = min(timed(generate, n_rows, 256) for _ in range(3))
+        print(f"{name}, {n_rows} rows of 256 tokens: {256 * n_rows / spent:.0f} tokens/s")
     idx = model.generate(o.num_samples, o.max_new_tokens, corpus.tokenizer.eot_token, o.temperature)
     rows = [text_of(corpus.tokenizer, row).decode(errors="replace") for row in idx.tolist()]
     Path(o.out).write_text("".join(json.dumps(dict(text=row)) + "\n" for row in rows))
