@@ -417,7 +417,10 @@ def test_any_block_size(vae_block, size):
     other.load_state_dict(dit.state_dict())
     options = dict(max_new_tokens=10, steps=3, seed=5)
     rows = ColaDLM(vae, dit).generate(PROMPTS, block_size=size, **options)
-    assert rows == ColaDLM(vae, other).generate(PROMPTS, **options)
+    wanted = ColaDLM(vae, other).generate_blocks(PROMPTS, **options)
+    for block, same in zip(ColaDLM(vae, dit).generate_blocks(PROMPTS, block_size=size, **options), wanted, strict=True):
+        torch.testing.assert_close(block.z, same.z)
+        assert block.new == same.new
     for i, (prompt, row) in enumerate(zip(PROMPTS, rows, strict=True)):
         assert len(row) == 10
         assert ColaDLM(vae, dit).generate([prompt], block_size=size, row_ids=[i], **options) == [row]

@@ -502,6 +502,19 @@ def test_fresh_noise_leaves_the_distribution_as_it_is(eta):
     assert correlation == pytest.approx(1.0, abs=1e-3) if eta == 0 else correlation < (0.9 if eta < 1 else 0.1)
 
 
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+def test_fresh_noise_is_as_much_as_in_ddim(eta):
+    """sigma of Eq. 16 in arXiv:2010.02502, where z_t is scaled to variance 1: alpha_bar = (1-t)^2 / ((1-t)^2 + t^2)."""
+    t, following = 0.8, 0.6
+    now, then = ((1 - u) ** 2 / ((1 - u) ** 2 + u**2) for u in (t, following))
+    sigma = eta * math.sqrt((1 - then) / (1 - now) * (1 - now / then)) * math.hypot(1 - following, following)
+    z, v = torch.tensor(0.3), torch.tensor(-0.7)
+    ends = [solve(lambda z, t: v, z, [t, following], eta=eta, noise=lambda e=e: torch.tensor(e)) for e in (0.0, 1.0)]
+    assert (ends[1] - ends[0]).item() == pytest.approx(sigma, rel=1e-5)
+    kept = math.sqrt(following**2 - sigma**2)
+    torch.testing.assert_close(ends[0], (1 - following) * (z - t * v) + kept * (z + (1 - t) * v))
+
+
 def test_times_of_the_solver():
     assert solver_times(4) == [1.0, 0.75, 0.5, 0.25, 0.0]
     times = solver_times(4, "quantiles", loc=1.0, scale=0.5)
