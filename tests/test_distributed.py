@@ -107,7 +107,7 @@ def test_two_processes_are_two_passes(alone, text, tmp_path, name, fsdp):
     ]:
         codes, output = processes(main, f"{arguments} {RUNS[name]} {fsdp} --out {stage}", tmp_path)
         assert codes == [0, 0] and output[1] == "", output
-        tolerance = 2e-4 if name == "bf16" else 1e-6  # FSDP casts weights anew for each use, so their gradients add up in fp32
+        tolerance = 2e-4 if name == "bf16" else 1e-6  # FSDP casts weights for each use, and adds up in fp32
         assert same_run(tmp_path / stage, alone / f"{name}-{stage}", tolerance)
         sizes = [file.stat().st_size for file in (tmp_path / stage / "training" / "6").glob("*.distcp")]
         assert len(sizes) == 2 or not fsdp  # each process has written its half, but for what is not shared out
