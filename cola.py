@@ -184,7 +184,7 @@ class ColaDLM(nn.Module):
             tokens = pick_tokens(logits, uniform, o.temperature, o.top_k, o.top_p)  # (B, chunk)
             seen.scatter_(1, tokens, True)
             last = b == n_blocks - 1
-            new = [row[old:] for row, old in zip(tokens.tolist(), state.n_known, strict=True)]
+            new = state.new_tokens(tokens)
             yield Block(z, new, last, state.rows)
 
             # The finished block becomes history, for the rows that go on.
@@ -201,8 +201,7 @@ class ColaDLM(nn.Module):
 
     def tell(self, watch, state, z, t):
         """Call watch(z, t, new) for an unfinished block z."""
-        tokens = self.vae.decode(z, state.vae_cache).argmax(-1).tolist()
-        watch(z, t, [row[old:] for row, old in zip(tokens, state.n_known, strict=True)])
+        watch(z, t, state.new_tokens(self.vae.decode(z, state.vae_cache).argmax(-1)))
 
     def kept_rows(self, going, n):
         """Which of n rows stay in the batch, if `going` are unfinished: all, until a quarter of them can leave."""
@@ -319,6 +318,10 @@ class Generation:
     is_known: torch.Tensor | None = None  # bool (B, block_size): latents of those tokens
     known_z: torch.Tensor | None = None  # (B, block_size, d), in the units of the DiT
     times: dict = field(default_factory=dict)  # of the solver: {t: Times of [0, t]}
+
+    def new_tokens(self, tokens):
+        """The ids of a decoded block (B, L), those of the prompt excepted: a list for each row."""
+        return [row[old:] for row, old in zip(tokens.tolist(), self.n_known, strict=True)]
 
     def keep(self, kept):
         """Forget all rows but these, a list."""
