@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 
 from common import SamplingOptions, check_range
-from data import Writer, check_ids, prompt_ids, save_tokenizer
+from data import Writer, check_ids, end_ids, prompt_ids, save_tokenizer
 from dit import CLEAN, NOISY
 from flow import guide, solve, solver_times
 from released_format import find_tokenizer, load_dit, load_vae, save_dit, save_vae
@@ -107,7 +107,7 @@ class ColaDLM(nn.Module):
 
         prompts: list of str or of lists of token ids, of any lengths; an empty one asks for unconditional text.
         max_new_tokens: at most so many for each prompt.
-        eos_id: a row ends before this token; None: nothing ends it early.
+        eos_id: a row ends before this token, or before one of several; None: nothing ends it early.
         options: those of `generate_blocks`, which does the work.  Raises ValueError for options out of range, for ids
         outside the vocabulary, and for text without a tokenizer.
 
@@ -122,8 +122,9 @@ class ColaDLM(nn.Module):
 
     @torch.no_grad()
     def generate_blocks(
-        self, ids, max_new_tokens=64, eos_id=None, pad_id=None, row_ids=None, noise=None, watch=None, **options
-    ):
+        self, ids, max_new_tokens=64, eos_id=None, pad_id=None, row_ids=None, noise=None, watch=None, state=None,
+        **options,
+    ):  # fmt: skip
         """The block generator: yield a `Block` of latents and tokens at a time, until no row needs another.
 
         ids: a list of token ids for every row.
@@ -134,6 +135,8 @@ class ColaDLM(nn.Module):
         row_ids: a row draws the noise of block b from a generator seeded seed + 1000 row_id + 10^7 b, as in the
         released code, so it does not depend on the rest of the batch; default 0, 1, 2, ...
         noise: (n_blocks, B, block_size, d), where blocks begin, instead; generation ends with the last of them.
+        state: of `prefill`, for one row: a text to go on with, to which `ids` are appended.  It is moved on, and can be
+        given again: its text then ends with the last token of this row, be that eos_id.
         watch(z, t, new): called after every step of the solver, with the latents (B, block_size, d) and the likeliest
         tokens of each row, those of the prompt excepted.
         options: of `common.SamplingOptions`, by default as in RELEASED.  Raises ValueError for one out of range.
@@ -157,7 +160,7 @@ class ColaDLM(nn.Module):
         block_size = o.block_size or self.dit.config.block_size
         shape, chunk = (block_size, c.latent_dim), block_size * c.patch_size
         left = [max_new_tokens] * len(ids)  # new tokens that each row still needs
-        state = self.prefill(ids, max_new_tokens, pad_id, block_size)
+        ends, state = end_ids(eos_id), self.prefill(ids, max_new_tokens, pad_id, block_size, state=state)
         n_blocks = state.n_blocks
         if noise is not None:
             noise = torch.as_tensor(noise)
@@ -185,11 +188,12 @@ class ColaDLM(nn.Module):
             seen.scatter_(1, tokens, True)
             last = b == n_blocks - 1
             new = state.new_tokens(tokens)
+            state.add(z, new, ends)
             yield Block(z, new, last, state.rows)
 
             # The finished block becomes history, for the rows that go on.
             for row, ids_of_row in zip(state.rows, new, strict=True):
-                left[row] = 0 if eos_id in ids_of_row else left[row] - len(ids_of_row)
+                left[row] = 0 if ends & set(ids_of_row) else left[row] - len(ids_of_row)
             going = [i for i, row in enumerate(state.rows) if left[row] > 0]
             if last or not going:
                 return
@@ -208,9 +212,10 @@ class ColaDLM(nn.Module):
         return going if len(going) <= 0.75 * n else list(range(n))
 
     @torch.no_grad()
-    def prefill(self, ids, max_new_tokens=64, pad_id=None, block_size=0):
+    def prefill(self, ids, max_new_tokens=64, pad_id=None, block_size=0, state=None):
         """The `Generation` of prompts, with room for max_new_tokens.  ids: a list of token ids for every row, which may
-        be empty.  Raises ValueError for ids outside the vocabulary."""
+        be empty.  state: a Generation of one row that they continue; what it has latents of keeps them.
+        Raises ValueError for ids outside the vocabulary, and if a state has no room left."""
         c = self.vae.config
         block_size, p = block_size or self.dit.config.block_size, c.patch_size
         pad_id = c.vocab_size - 1 if pad_id is None else pad_id
@@ -218,26 +223,37 @@ class ColaDLM(nn.Module):
 
         # Whole blocks of a prompt are history; what is left over opens the first generated block.  (Of a prompt of 20
         # tokens, with blocks of 16, 16 are history and 4 are the first of the next block.)
+        n_old = 0 if state is None else -(-len(state.text[0]) // p)  # latents that are there already
+        ids = ids if state is None else [state.text[0] + ids[0]]
         n_latents = torch.tensor([-(-len(row) // p) for row in ids])  # (B,)
         n_history = n_latents // block_size * block_size  # (B,)
         n_known = [max(len(row) - int(h) * p, 0) for row, h in zip(ids, n_history, strict=True)]
         n_blocks = max(-(-(known + max_new_tokens) // (block_size * p)) for known in n_known)
         max_len = int(n_history.max()) + n_blocks * block_size
-        caches = self.new_dit_cache(len(ids), max_len), self.vae.new_cache(len(ids), max_len)
-        state = Generation(list(range(len(ids))), *caches, n_blocks, n_known)
+        if state is None:
+            caches = self.new_dit_cache(len(ids), max_len), self.vae.new_cache(len(ids), max_len)
+            state = Generation(list(range(len(ids))), *caches, n_blocks, n_known, ids)
+        elif max_len > state.dit_cache.max_len:
+            room = f"{max_len} latents are needed, there is room for {state.dit_cache.max_len}"
+            raise ValueError(f"this text has become too long: {room}")
+        state.n_blocks, state.n_known, state.text = n_blocks, n_known, [list(row) for row in ids]
+        state.is_known, state.known_z = None, None
         if not any(ids):
             return state
 
         # The mean, not a sample: a prompt is known, and this is the likeliest latent of it.
         padded = pad_rows(ids, math.lcm(c.block_size, block_size) * p, pad_id, self.device)
         prompt_z = self.vae.to_dit(self.vae.encode(padded).mu)  # (B, n, d)
-        if n_history.any():
-            history = prompt_z[:, : int(n_history.max())]
+        start = int(state.dit_cache.length[0])  # 0, if this is the beginning
+        if n_old > start:  # the last block was not finished
+            prompt_z[:, start:n_old] = state.last_z[:, : n_old - start]
+        if (n_history > start).any():
+            history = prompt_z[:, start : int(n_history.max())]
             layout = self.dit.layout(history.shape[1], self.device, state.dit_cache, block_size=block_size)
             self.dit(history, torch.zeros(1, device=self.device), None, layout, state.dit_cache)
-            self.vae.decode(history, state.vae_cache, n_history)
-            state.dit_cache.commit(n_history)
-            state.vae_cache.commit(n_history)
+            self.vae.decode(history, state.vae_cache, n_history if start == 0 else None)
+            state.dit_cache.commit(n_history - start)
+            state.vae_cache.commit(n_history - start)
         is_known = torch.arange(block_size) < (n_latents - n_history)[:, None]  # (B, block_size)
         if is_known.any():
             state.is_known = is_known.to(self.device)
@@ -315,6 +331,8 @@ class Generation:
     vae_cache: KVCache  # and as the decoder does
     n_blocks: int  # room in both
     n_known: list  # of each row: prompt tokens inside the next block
+    text: list  # of each row: all ids so far
+    last_z: torch.Tensor | None = None  # (B, block_size, d), the last block, finished or not
     is_known: torch.Tensor | None = None  # bool (B, block_size): latents of those tokens
     known_z: torch.Tensor | None = None  # (B, block_size, d), in the units of the DiT
     times: dict = field(default_factory=dict)  # of the solver: {t: Times of [0, t]}
@@ -323,9 +341,16 @@ class Generation:
         """The ids of a decoded block (B, L), those of the prompt excepted: a list for each row."""
         return [row[old:] for row, old in zip(tokens.tolist(), self.n_known, strict=True)]
 
+    def add(self, z, new, ends):
+        """Note the block z (B, block_size, d) and its new tokens, in each row up to one of the ids in `ends`."""
+        for row, tokens in zip(self.text, new, strict=True):
+            end = next((i + 1 for i, token in enumerate(tokens) if token in ends), None)
+            row.extend(tokens[:end])
+        self.last_z = z
+
     def keep(self, kept):
         """Forget all rows but these, a list."""
-        self.rows, self.n_known = [self.rows[i] for i in kept], [self.n_known[i] for i in kept]
+        self.rows, self.n_known, self.text = ([x[i] for i in kept] for x in (self.rows, self.n_known, self.text))
         self.dit_cache.keep(kept)
         self.vae_cache.keep(kept)
         if self.is_known is not None:

@@ -1,4 +1,4 @@
-"""What the scripts share: command line, device and precision, optimizer and schedule, files.
+"""What the scripts share: command line, device and precision, optimizer, files.
 
 Nothing in here imports the model."""
 
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
-from processes import local_rank, n_processes, rank, under_torchrun
+from processes import local_rank, rank, under_torchrun
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Command line: one dataclass a script is the only home of its options, defaults, ranges and help
@@ -34,6 +34,9 @@ def option(default, help="", low=None, high=None, choices=None, hidden=False):
 class TrainingOptions:
     """What both training scripts let a user choose, with the same defaults."""
 
+    init: str = option("", "folder of a model to start from: weights, sizes, tokenizer; nothing: start anew")
+    eval_every: int = option(200, "steps between evaluations on held-out text; the best model is kept", low=1)
+    decay: float = option(0.5, hidden=True)  # share of the steps, the last, in which the learning rate falls
     micro_batch: int = option(0, "gradient accumulation: sequences of one pass, for less memory; 0: all at once", low=0)
     fsdp: bool = option(False, "under torchrun, shard weights and optimizer over the processes: less memory")
     checkpointing: bool = option(False, "compute activations again for the gradient: less memory, a third more time")
@@ -239,7 +242,7 @@ def muon_dtype(device, precision):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Optimizer and schedule
+# Optimizer
 
 
 class Muon(torch.optim.Optimizer):
@@ -349,46 +352,18 @@ class Optimizers:
             optimizer.zero_grad(set_to_none=not under_torchrun())
 
 
-def learning_rate(step, steps, warmup, peak, final):
-    """Linear warm-up to `peak` in `warmup` steps, then a cosine to `final` at the last step, steps - 1."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(steps - 1 - warmup, 1)
-    return final + 0.5 * (peak - final) * (1 + math.cos(math.pi * min(progress, 1.0)))
-
-
 def optimizer_step(optimizer, lr, clip):
-    """Clip the global gradient norm (clip 0: leave it), step at lr times the ratio of each group, forget gradients."""
-    if clip > 0:
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grad_norm_(params, clip)
+    """Clip the global gradient norm (clip 0: leave it), step at lr times the ratio of each group, forget gradients.
+    Returns the norm before clipping; if that is not finite, all weights stay as they are."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(params, clip or math.inf)
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_ratio"]
-    optimizer.step()
+    if math.isfinite(norm):
+        optimizer.step()
     optimizer.zero_grad()
-
-
-def progress_bar(first_step, steps, tokens_per_step):
-    """Tokens a second, time left, and what `Run.record` adds."""
-    first, last = first_step * tokens_per_step, steps * tokens_per_step
-    return tqdm(initial=first, total=last, unit="tok", unit_scale=True, disable=rank() > 0)
-
-
-def parts_of_batch(idx, rows, seed, step):
-    """Cut the global batch idx (B, L) into parts of so many rows; returns those of this process, each with its
-    generator of random numbers.
-
-    A part is known by its number alone: 2 processes with 1 part each do what 1 process with 2 parts does."""
-    parts = list(enumerate(idx.split(rows)))
-    n = len(parts) // n_processes()
-    return [(part, step_generator(seed, step, idx.device, i)) for i, part in parts[rank() * n : (rank() + 1) * n]]
-
-
-def step_generator(seed, step, device, part=0):
-    """Random numbers of one part of a training step: they depend on nothing else, so a resumed run draws the same.
-
-    On a CPU only 32 bits of a seed count; the large odd factor keeps those of steps and parts apart."""
-    return torch.Generator(device).manual_seed(seed * 1_000_003 + step + part * 2_654_435_761)
+    return norm
 
 
 # ----------------------------------------------------------------------------------------------------------------------

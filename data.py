@@ -86,8 +86,8 @@ def text_pieces(file):
             yield "".join(piece)
 
 
-def numbered_objects(file):
-    """Yield number and object of every line of a JSONL file that is not blank; None in place of anything else."""
+def numbered_objects(file, kind=dict):
+    """Yield number and object of every line of a JSONL file that is not blank; None in place of another kind."""
     with open_text(file) as f:
         for number, line in enumerate(f, 1):
             if line.strip():
@@ -95,7 +95,7 @@ def numbered_objects(file):
                     content = json.loads(line)
                 except ValueError:
                     content = None
-                yield number, content if isinstance(content, dict) else None
+                yield number, content if isinstance(content, kind) else None
 
 
 def jsonl_documents(file):
@@ -341,11 +341,16 @@ def check_ids(ids, vocab_size):
             raise ValueError(f"token id {i} is outside the vocabulary 0..{vocab_size - 1}")
 
 
+def end_ids(eos_id):
+    """The set of ids that end a text: of None, of one, or of several."""
+    return set() if eos_id is None else {eos_id} if isinstance(eos_id, int) else set(eos_id)
+
+
 class Writer:
     """What one row has said: counts its tokens, ends it at eos_id or the limit, and turns ids into text if asked."""
 
     def __init__(self, tokenizer, eos_id, limit):
-        self.tokenizer, self.eos_id, self.left, self.done = tokenizer, eos_id, limit, False
+        self.tokenizer, self.ends, self.left, self.done = tokenizer, end_ids(eos_id), limit, False
         self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span two blocks
 
     def write(self, ids, last=False):
@@ -355,14 +360,15 @@ class Writer:
         ids = ids[: self.left]
         self.left -= len(ids)
         self.done = last or self.left == 0
-        if self.eos_id in ids:
-            ids, self.done = ids[: ids.index(self.eos_id)], True
+        if ends := [i for i, token in enumerate(ids) if token in self.ends]:
+            ids, self.done = ids[: ends[0]], True
         return self.utf8.decode(decode_bytes(self.tokenizer, ids), final=self.done) if self.tokenizer else ids
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Token files
 
+EVAL_SEQUENCES = 128  # held-out sequences behind an evaluation
 HELD_OUT = 0.05  # share of the documents that no training step sees
 TOKENIZER_SAMPLE = 1 << 23  # characters that a new tokenizer is trained on
 
@@ -422,6 +428,14 @@ class Corpus:
     train: np.ndarray
     val: np.ndarray
     tokenizer: tiktoken.Encoding
+
+    def batches(self, batch_size, seq_len, seed):
+        """A function step -> windows for training, (B, L)."""
+        return lambda step: random_batch(self.train, batch_size, seq_len, seed, step)
+
+    def held_out(self, seq_len):
+        """Windows for evaluation, (EVAL_SEQUENCES, L) at most."""
+        return even_batch(self.val, EVAL_SEQUENCES, seq_len)
 
 
 def is_prepared(folder):

@@ -59,12 +59,16 @@ def load_vae(folder, device="cpu", dtype=torch.float32):
     return load_weights(TextVAE, load_vae_config(folder), Path(folder) / "cola_vae", device, dtype)
 
 
-def load_dit(folder, device="cpu", dtype=torch.float32):
-    """The DiT in folder/cola_dit."""
+def load_dit_config(folder):
+    """The DiTConfig in folder/cola_dit."""
     raw = read_json(Path(folder) / "cola_dit" / "config.json")
     fixed = DIT_FIXED | dict(emb_dim=raw.get("txt_dim"), txt_out_channels=raw.get("txt_in_channels"))
-    config = to_config(DiTConfig, raw, DIT_NAMES, fixed, folder)
-    return load_weights(DiT, config, Path(folder) / "cola_dit", device, dtype)
+    return to_config(DiTConfig, raw, DIT_NAMES, fixed, folder)
+
+
+def load_dit(folder, device="cpu", dtype=torch.float32):
+    """The DiT in folder/cola_dit."""
+    return load_weights(DiT, load_dit_config(folder), Path(folder) / "cola_dit", device, dtype)
 
 
 def save_vae(vae, folder, dtype=torch.float32):

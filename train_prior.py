@@ -3,7 +3,8 @@
     python train_prior.py                            # on the VAE of runs/vae and the text it was trained on
     python train_prior.py --vae runs/mine --out runs/mine-cola
     python train_prior.py --joint                    # the paper's joint objective
-    python train_prior.py --resume                   # go on where a run was interrupted
+    python train_prior.py --resume                   # go on where a run was interrupted; --steps 3000: longer
+    python train_prior.py --init pretrained --data my_texts/           # go on from a model of any origin
     torchrun --nproc_per_node=8 train_prior.py       # on 8 devices; with --fsdp, the model is shared out over them
 """
 
@@ -17,21 +18,23 @@ import torch.nn as nn
 import common
 import data
 import processes
+from chat import PADDING, PROMPT, open_chats, random_rows
 from common import option
 from dit import DiT, DiTConfig
 from extras.codebook import fit_codes
 from extras.kernels import compile_blocks
 from flow import flow_matching_loss, sample_times, simulated_prompts
-from released_format import find_tokenizer, load_vae, save_dit, save_vae
-from resume import LOG_EVERY, Run, saved_options
+from released_format import find_tokenizer, load_dit, load_dit_config, load_vae, save_dit, save_vae
+from training import Run, adopt, held_out_loss, saved_options, train
 from vae import masked_view_loss, reconstruction_loss
 
 
 @dataclass
 class Options(common.TrainingOptions):  # which adds seed, device, resume and the like
     # data
-    vae: str = option("runs/vae", "folder of the stage-1 run, or of a released model")
+    vae: str = option("runs/vae", "folder of the stage-1 run or of a released model; with --init: that one")
     data: tuple = option((), "as in train_vae.py, tokenized as the VAE was; nothing: the text of the VAE's own run")
+    chat: tuple = option((), "with --init, instead of --data: conversations to tune a model on (chat.py), .jsonl")
     # model; the latent size is the VAE's
     preset: str = option("small", "small; plain: without codes; 2b: the paper's", choices=("small", "plain", "2b"))
     dim: int = option(192, "width", low=1)
@@ -43,18 +46,19 @@ class Options(common.TrainingOptions):  # which adds seed, device, resume and th
     # objective
     t_loc: float = option(1.0, "times are sigmoid(N(t_loc, t_scale)); the paper: 1 for d = 16, 1.7 for 64, 2.3 for 128")
     t_scale: float = option(1.0, hidden=True)
-    block_times: bool = option(True, "a time of its own for every block of several latents; the paper: for every row")
-    prompt_prob: float = option(0.05, "share of blocks that keep a random clean prefix, a prompt", low=0.0, high=1.0)
+    block_times: bool = option(True, hidden=True)  # a time for every block of several latents; the paper: every row
+    prompt_prob: float = option(0.05, hidden=True)  # share of blocks that keep a random clean prefix, a prompt
     joint: bool = option(False, "train the VAE along, held near its stage-1 encoder")
     vae_weight: float = option(1.0, hidden=True)  # joint: of the VAE's terms; that of the flow-matching loss is 1
     ref_weight: float = option(1.0, "joint: weight of KL(q || q_ref), per token, to the frozen encoder", low=0.0)
-    vae_lr_ratio: float = option(1.0, "joint: learning rate of the VAE over that of the prior", low=0.0)
+    vae_lr_ratio: float = option(1.0, hidden=True)  # joint: learning rate of the VAE over that of the prior
     # optimization
     steps: int = option(1400, "training steps", low=1)
     batch_size: int = option(32, "sequences per step", low=1)
     seq_len: int = option(32, "tokens per sequence", low=1)
     lr: float = option(8e-3, "peak learning rate", low=0.0)
-    final_lr: float = option(1e-5, hidden=True)  # at the end of the cosine
+    final_lr: float = option(1e-5, hidden=True)  # at the end
+    eval_every: int = option(350, "steps between evaluations on held-out text; the best model is kept", low=1)
     warmup: int = option(50, "steps of linear warm-up", low=0)
     ema: float = option(0.99, "decay of the moving average of the weights, which gets sampled", low=0.0, high=1.0)
     # run
@@ -72,11 +76,10 @@ PRESETS = {  # "small" is what stands above
         dim=2048, n_head=16, n_layer=24, block_size=(16,), n_codes=0, self_conditioning=False,
         block_times=False, joint=True,
         batch_size=1408, micro_batch=16, seq_len=512, steps=200_000, save_every=1000,
-        optimizer="adamw", lr=1.5e-4, final_lr=1e-5, warmup=5000, decoder_noise=0.0, checkpointing=True,
+        optimizer="adamw", lr=1.5e-4, final_lr=1e-5, warmup=5000, decoder_noise=0.0, checkpointing=True, decay=1.0,
         ema=0.9999,  # not the paper's, which does not mention one
     ),
 }  # fmt: skip
-EVAL_SEQUENCES = 128  # held-out sequences behind the figure at the end
 CODE_WEIGHT = 1.0  # of the cross-entropy of the codes, in training; what the bar and the log show is the sum
 
 
@@ -90,10 +93,12 @@ class PriorObjective(nn.Module):
         super().__init__()
         self.o, self.models, self.frozen = o, models, (frozen,)
 
-    def forward(self, idx, generator):
-        """idx (B, L) token ids -> (loss, terms): terms are detached scalars to be logged."""
+    def forward(self, idx, generator, block_size=None):
+        """idx (B, L) token ids, or (B, 2, L) with their parts, of conversations (`chat.open_chats`) -> (loss, terms):
+        terms are detached scalars for the log.  block_size: None draws one."""
         o, dit, (reference,) = self.o, self.models.dit, self.frozen
         vae = self.models.vae if o.joint else reference
+        idx, parts = idx.unbind(1) if o.chat else (idx, None)
 
         # Tokens to latents.  The prior has to cover the posterior, not its means, so it learns from samples.
         with torch.set_grad_enabled(o.joint and torch.is_grad_enabled()):
@@ -103,13 +108,19 @@ class PriorObjective(nn.Module):
         B, n, _ = z0.shape
 
         # Every block of every row flows from noise to its latents, given the clean blocks before it.
-        block_size = o.block_size[torch.randint(len(o.block_size), (), generator=generator, device=z0.device)]
+        if block_size is None:
+            block_size = o.block_size[torch.randint(len(o.block_size), (), generator=generator, device=z0.device)]
         shape = (B, n // block_size) if o.block_times and block_size > 1 else (B,)  # not one for every latent
         t = sample_times(shape, o.t_loc, o.t_scale, generator, z0.device)
         z1 = torch.randn(z0.shape, generator=generator, device=z0.device)
-        prompt = simulated_prompts(B, n, block_size, o.prompt_prob, generator, z0.device)
+        if o.chat:  # the sampler encodes the prompt before there is a response
+            prompt, valid = parts == PROMPT, parts != PADDING
+            alone = vae.encode(idx.masked_fill(~prompt, vae.config.vocab_size - 1))
+            z0 = torch.where(prompt[..., None], vae.to_dit(alone.mu), z0)
+        else:
+            prompt, valid = simulated_prompts(B, n, block_size, o.prompt_prob, generator, z0.device), None
         code_weight = CODE_WEIGHT if self.training and o.n_codes else 0.0
-        fm = flow_matching_loss(dit, z0, z1, t, prompt, block_size=block_size, code_weight=code_weight)
+        fm = flow_matching_loss(dit, z0, z1, t, prompt, valid, block_size, code_weight)
         if not o.joint:
             return fm, {}
 
@@ -126,20 +137,6 @@ class PriorObjective(nn.Module):
         loss = fm + o.vae_weight * vae_terms + o.ref_weight * ref
         terms = dict(fm=fm, reconstruction=reconstruction, entropy=entropy, mask=mask, ref=ref)
         return loss, {name: value.detach() for name, value in terms.items()}
-
-
-@torch.no_grad()
-def held_out_loss(o, dit, vae, tokens, micro_batch):
-    """The flow-matching loss on EVAL_SEQUENCES of a token file, as a text, for each of the block sizes."""
-    device, texts = next(dit.parameters()).device, []
-    idx = data.even_batch(tokens, EVAL_SEQUENCES, o.seq_len).to(device)  # (N, L)
-    for block_size in sorted(set(o.block_size)):
-        of_size, generator = replace(o, joint=False, block_size=(block_size,)), common.step_generator(o.seed, 0, device)
-        objective = PriorObjective(of_size, nn.ModuleDict(dict(dit=dit)), vae).eval()
-        with common.autocast(device, o.precision):
-            loss = sum(objective(part, generator)[0] * len(part) for part in idx.split(micro_batch)) / len(idx)
-        texts.append(f"{loss.item():.4f} in blocks of {block_size}")
-    return f"flow-matching loss on {idx.numel():,} held-out tokens: {', '.join(texts)}"
 
 
 def fsdp_groups(models):
@@ -169,44 +166,66 @@ def dit_config(o, vae):
 
 
 def open_stage1(o, folder, device):
-    """The VAE, the configuration of a prior for it, and a Corpus in its tokens; from `folder`, if the run goes on."""
+    """The VAE, the tokenizer and the configuration of a prior for them; from `folder`, if the run goes on."""
     source = folder if o.resume else Path(o.vae)
     vae = load_vae(source, device)
     tokenizer = find_tokenizer(source, vae.config.vocab_size, required=True)
-    config = dit_config(o, vae.config)
+    if o.resume:
+        return vae, tokenizer, load_dit_config(folder)
+    if not o.init:
+        return vae, tokenizer, dit_config(o, vae.config)
+    own = load_vae(o.init, device).encoder.state_dict()
+    if any(not torch.equal(value, own[name]) for name, value in vae.encoder.state_dict().items() if name in own):
+        raise ValueError(f"the prior in {o.init} does not know the latents of {o.vae}, of another encoder")
+    return vae, tokenizer, replace(load_dit_config(o.init), block_size=o.block_size[0], t_loc=o.t_loc)
+
+
+def open_text(o, folder, vae, tokenizer):
+    """What to learn from: a function step -> a batch for the objective, a batch of held-out text, and the token file
+    that both are taken from, None for conversations."""
     data.check_seq_len(o.seq_len, vae.config.patch_size, vae.config.block_size, *o.block_size)
+    if o.chat:
+        if vae.config.patch_size > 1 or o.joint or not o.init:
+            raise ValueError("--chat tunes the prior of a model with one token per latent: add --init, without --joint")
+        rows, held_out = open_chats(o.chat, tokenizer, o.seq_len, vae.config.vocab_size - 1)
+        print(f"{len(rows):,} answers to learn from")
+        held_out = torch.from_numpy(held_out[: data.EVAL_SEQUENCES])
+        return lambda step: random_rows(rows, o.batch_size, o.seed, step), held_out, None
     text = o.data or (f"{o.vae}/data",)
     if not o.data and not data.is_prepared(text[0]):
         raise ValueError(f"{o.vae} has no text of its own: name some with --data")
     corpus = data.open_corpus(text, folder / "data", lambda: tokenizer, o.batch_size, o.seq_len, o.resume)
     data.check_same(corpus.tokenizer, tokenizer)
-    return vae, config, corpus
+    print(f"{len(corpus.train):,} training tokens")
+    return corpus.batches(o.batch_size, o.seq_len, o.seed), corpus.held_out(o.seq_len), corpus.train
 
 
 def main():
     options, given = common.parse_options(Options, __doc__, PRESETS)
-    if options.joint and "n_codes" not in given:  # the latents would move away from their codes
+    if options.init:
+        options.vae = options.vae if "vae" in given else options.init
+        options = adopt(options, given, load_dit_config(options.init), free=("block_size", "t_loc"))
+    elif options.joint and "n_codes" not in given:  # the latents would move away from their codes
         options.n_codes = 0
     stage1 = saved_options(options.vae)
     own = {name: stage1[name] for name in ("beta", "mask_weight", "mask_ratio", "decoder_noise") if name in stage1}
     run = Run(replace(options, **own), given)
     o, device = run.options, processes.join_processes(common.pick_device(options.device))
-    amp = common.autocast(device, o.precision)
 
-    micro_batch = data.micro_batch_size(o.batch_size, o.micro_batch, processes.n_processes())
+    rows = data.micro_batch_size(o.batch_size, o.micro_batch, processes.n_processes())  # of one forward pass
     if o.joint and o.n_codes:
-        raise ValueError(f"--joint moves the latents away from their codes: leave out --n-codes {o.n_codes}")
-    if o.self_conditioning and micro_batch < 2:
+        raise ValueError(f"--joint would move the latents away from the {o.n_codes} codes of this prior: it needs none")
+    if o.self_conditioning and rows < 2:
         raise ValueError("--self-conditioning takes half of the sequences of a pass: it needs 2 of them at least")
-    vae, config, corpus = open_stage1(o, run.folder, device)
+    vae, tokenizer, config = open_stage1(o, run.folder, device)
+    batch, held_out, tokens = open_text(o, run.folder, vae, tokenizer)
 
     # What is trained, its moving average and its optimizer; new or as they were.
     torch.manual_seed(o.seed)
-    dit = DiT(config).to(device)
-    if o.n_codes and not o.resume:
-        fit_codes(dit.codebook, vae, corpus.train, o.seq_len)
-        print(f"the codes alone, without context: {held_out_loss(o, dit, vae, corpus.val, micro_batch)}")
-        dit.train()
+    dit = (load_dit(o.init, device) if o.init and not o.resume else DiT(config)).to(device)
+    dit.config = config
+    if o.n_codes and not o.init and not o.resume:
+        fit_codes(dit.codebook, vae, tokens, o.seq_len)
     trained = nn.ModuleDict(dict(dit=dit, vae=copy.deepcopy(vae)) if o.joint else dict(dit=dit))
     vae.requires_grad_(False)  # the frozen VAE, or the reference
     ema = copy.deepcopy(trained).requires_grad_(False)
@@ -216,12 +235,10 @@ def main():
         if o.compile:
             compile_blocks(model)
 
-    def distributed(models):
-        return processes.distribute(PriorObjective(o, models, vae), fsdp_groups(models), device, o.fsdp)
-
-    objective = distributed(trained)
+    objective = processes.distribute(PriorObjective(o, trained, vae), fsdp_groups(trained), device, o.fsdp)
+    average = PriorObjective(o, ema, vae)
     if o.fsdp:  # the average is kept in the same parts
-        distributed(ema)
+        processes.distribute(average, fsdp_groups(ema), device, o.fsdp)
     lr_ratios = dict(dit=1.0, vae=o.vae_lr_ratio)
     with_ratios = [(model, lr_ratios[name]) for name, model in trained.items()]
     optimizer = common.make_optimizer(with_ratios, o.optimizer, o.weight_decay, common.muon_dtype(device, o.precision))
@@ -229,49 +246,25 @@ def main():
     if o.resume:
         run.restore(optimizer, **states)
     n_params = sum(p.numel() for p in dit.parameters())
-    print(f"{len(corpus.train):,} training tokens; prior of {n_params:,} parameters on {device}")
+    print(f"prior of {n_params:,} parameters on {device}")
+
+    def evaluate():
+        losses = {s: held_out_loss(average, held_out, o, rows, block_size=s) for s in sorted(set(o.block_size))}
+        return dict(held_out=sum(losses.values()) / len(losses)) | {f"held_out_{s}": v for s, v in losses.items()}
 
     def export():
-        average = {name: processes.whole(model) for name, model in ema.items()}
+        whole = {name: processes.whole(model) for name, model in ema.items()}
         if processes.rank() == 0:
-            save_dit(average["dit"], run.folder)
+            save_dit(whole["dit"], run.folder)
             if o.joint:
-                save_vae(average["vae"], run.folder)
+                save_vae(whole["vae"], run.folder)
 
-    if not o.resume:
-        if processes.rank() == 0:
-            save_vae(vae, run.folder)  # a frozen VAE and the tokenizer stay as they are
-            data.save_tokenizer(corpus.tokenizer, run.folder / "tokenizer.json")
-        run.save(0, optimizer, **states)  # from here on --resume finds all it needs
-    export()
-    tokens_per_step = o.batch_size * o.seq_len
-    with common.progress_bar(run.step, o.steps, tokens_per_step) as bar:
-        for step in range(run.step, o.steps):
-            idx = data.random_batch(corpus.train, o.batch_size, o.seq_len, o.seed, step).to(device)  # (B, L)
-            lr = common.learning_rate(step, o.steps, o.warmup, o.lr, o.final_lr)
-            parts, passes = common.parts_of_batch(idx, micro_batch, o.seed, step), []
-            for part, generator in parts:
-                objective.require_backward_grad_sync = len(passes) == len(parts) - 1  # DDP averages once a step
-                with amp:
-                    loss, terms = objective(part, generator)
-                (loss / len(parts)).backward()
-                passes.append(dict(loss=loss.detach(), **terms))
-            common.optimizer_step(optimizer, lr, o.clip)
-            update_ema(ema, trained, o.ema, step)
-
-            bar.update(tokens_per_step)
-            if (step + 1) % LOG_EVERY == 0 or step + 1 == o.steps:
-                run.record(bar, step + 1, lr, passes)
-            if (step + 1) % o.save_every == 0 or step + 1 == o.steps:
-                run.save(step + 1, optimizer, **states)
-                export()
-
-    average = {name: processes.whole(model) for name, model in ema.items()}
-    if processes.rank() > 0:
-        return
-    dit, vae = average["dit"].to(device), average.get("vae", vae).to(device)
-    print(held_out_loss(o, dit, vae, corpus.val, micro_batch))
-    print(f"the model is in {run.folder}; next: python sample.py --model {run.folder}")
+    if not o.resume and processes.rank() == 0:
+        save_vae(vae, run.folder)  # a frozen VAE and the tokenizer stay as they are
+        data.save_tokenizer(tokenizer, run.folder / "tokenizer.json")
+    train(run, objective, optimizer, batch, rows, states, evaluate, export,
+          after_step=lambda step: update_ema(ema, trained, o.ema, step))  # fmt: skip
+    print(f"the model is in {run.folder}{run.chosen()}; next: python sample.py --model {run.folder}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python train_vae.py                              # names of Unicode characters, seconds on a CPU
     python train_vae.py --data my_texts/ --out runs/mine
-    python train_vae.py --resume                     # go on where a run was interrupted
+    python train_vae.py --resume                     # go on where a run was interrupted; --steps 1000: longer
+    python train_vae.py --init pretrained --vae-part final_layer --data my_texts/      # tune the decoder's last layer
     torchrun --nproc_per_node=8 train_vae.py         # on 8 devices; with --fsdp, the model is shared out over them
 """
 
@@ -16,9 +17,11 @@ import data
 import processes
 from common import flag, option
 from extras.kernels import compile_blocks
-from released_format import find_tokenizer, save_vae
-from resume import LOG_EVERY, Run
+from released_format import find_tokenizer, load_vae, load_vae_config, save_vae
+from training import Run, adopt, held_out_loss, train
 from vae import TextVAE, VAEConfig, masked_view_loss, reconstruction_loss, token_accuracy
+
+PARTS = dict(all="", decoder="decoder", final_layer="decoder.final_layer")  # names of --vae-part, of parameters
 
 
 @dataclass
@@ -37,6 +40,7 @@ class Options(common.TrainingOptions):  # which adds seed, device, resume and th
     latent_dim: int = option(32, "channels of a latent", low=2)
     patch_size: int = option(1, "tokens per latent", low=1)
     block_size: int = option(1, "latents that see each other in both directions; 1: a causal VAE", low=1)
+    vae_part: str = option("all", "what is trained; a prior stays valid unless the encoder is", choices=tuple(PARTS))
     # objective
     beta: float = option(1e-4, "weight of the KL to N(0, I), in nats per token", low=0.0)
     mask_weight: float = option(0.5, "weight of the masked-view loss", low=0.0)
@@ -47,7 +51,7 @@ class Options(common.TrainingOptions):  # which adds seed, device, resume and th
     batch_size: int = option(16, "sequences per step", low=1)
     seq_len: int = option(128, "tokens per sequence", low=1)
     lr: float = option(2e-3, "peak learning rate", low=0.0)
-    final_lr: float = option(1e-4, "learning rate at the end of the cosine", low=0.0)
+    final_lr: float = option(1e-4, "learning rate at the end", low=0.0)
     warmup: int = option(30, "steps of linear warm-up", low=0)
     # run
     out: str = option("runs/vae", "folder of the run and of the trained VAE")
@@ -58,10 +62,9 @@ PRESETS = {  # "small" is what stands above
         tokenizer="cl100k_base", vocab_size=100278, latent_dim=16, block_size=16,
         dim=1536, ffn_dim=6144, n_head=12, n_encoder_layer=4, n_decoder_layer=4,
         batch_size=1408, micro_batch=16, seq_len=512, steps=200_000, save_every=1000,
-        optimizer="adamw", lr=1.5e-4, final_lr=1e-5, warmup=5000, decoder_noise=0.0, checkpointing=True,
+        optimizer="adamw", lr=1.5e-4, final_lr=1e-5, warmup=5000, decoder_noise=0.0, checkpointing=True, decay=1.0,
     ),
 }  # fmt: skip
-EVAL_SEQUENCES = 128  # held-out sequences behind the figure at the end
 
 
 class VAEObjective(nn.Module):
@@ -93,29 +96,33 @@ def vae_config(o):
 
 def main():
     options, given = common.parse_options(Options, __doc__, PRESETS)
+    if options.init:
+        options = adopt(options, given, load_vae_config(options.init))
     run = Run(options, given)
     o, device = run.options, processes.join_processes(common.pick_device(options.device))
-    amp = common.autocast(device, o.precision)
+    start = run.folder if o.resume else o.init  # of weights, configuration and tokenizer; "" if all is new
 
     # Text, tokens, tokenizer.
-    config = vae_config(o)
-    micro_batch = data.micro_batch_size(o.batch_size, o.micro_batch, processes.n_processes())
+    config = load_vae_config(start) if start else vae_config(o)
+    rows = data.micro_batch_size(o.batch_size, o.micro_batch, processes.n_processes())
     data.check_seq_len(o.seq_len, config.patch_size, config.block_size)
-
-    if data.is_prepared(o.data[0]) and (named := given & {"tokenizer", "vocab_size"}):
-        raise ValueError(f"{o.data[0]} is tokenized already: leave out {flag(named.pop())}")
-
-    def tokenizer():
-        return data.make_tokenizer(o.tokenizer, o.vocab_size, o.data)
-
-    corpus = data.open_corpus(o.data, run.folder / "data", tokenizer, o.batch_size, o.seq_len, o.resume)
-    config.vocab_size = corpus.tokenizer.n_vocab
-    if o.resume:
-        data.check_same(corpus.tokenizer, find_tokenizer(run.folder, config.vocab_size, required=True))
+    if (o.init or data.is_prepared(o.data[0])) and (named := given & {"tokenizer", "vocab_size"}):
+        raise ValueError(f"{o.init or o.data[0]} has a tokenizer already: leave out {flag(named.pop())}")
+    own = find_tokenizer(start, config.vocab_size, required=True) if start else None
+    corpus = data.open_corpus(
+        o.data, run.folder / "data", lambda: own or data.make_tokenizer(o.tokenizer, o.vocab_size, o.data),
+        o.batch_size, o.seq_len, o.resume,
+    )  # fmt: skip
+    if own:
+        data.check_same(corpus.tokenizer, own)
+    else:
+        config.vocab_size = corpus.tokenizer.n_vocab
 
     # Model and optimizer, new or as they were.
     torch.manual_seed(o.seed)
-    vae = TextVAE(config).to(device)
+    vae = (load_vae(start, device) if o.init and not o.resume else TextVAE(config)).to(device)
+    for name, p in vae.named_parameters():
+        p.requires_grad_(name.startswith(PARTS[o.vae_part]))
     vae.checkpointing = o.checkpointing
     if o.compile:
         compile_blocks(vae)
@@ -128,45 +135,25 @@ def main():
     print(f"{len(corpus.train):,} training tokens of {vae.config.vocab_size:,} ids")
     print(f"VAE of {n_params:,} parameters on {device}")
 
+    batch, held_out = corpus.batches(o.batch_size, o.seq_len, o.seed), corpus.held_out(o.seq_len)
+
+    def evaluate():
+        return dict(held_out=held_out_loss(objective, held_out, o, rows))
+
     def export():
         whole = processes.whole(vae)
         if processes.rank() == 0:
             save_vae(whole, run.folder)
 
-    if not o.resume:
-        if processes.rank() == 0:
-            data.save_tokenizer(corpus.tokenizer, run.folder / "tokenizer.json")
-        run.save(0, optimizer, vae)  # from here on --resume finds all it needs
-    export()
-    tokens_per_step = o.batch_size * o.seq_len
-    with common.progress_bar(run.step, o.steps, tokens_per_step) as bar:
-        for step in range(run.step, o.steps):
-            idx = data.random_batch(corpus.train, o.batch_size, o.seq_len, o.seed, step).to(device)  # (B, L)
-            lr = common.learning_rate(step, o.steps, o.warmup, o.lr, o.final_lr)
-            parts, passes = common.parts_of_batch(idx, micro_batch, o.seed, step), []
-            for part, generator in parts:
-                objective.require_backward_grad_sync = len(passes) == len(parts) - 1  # DDP averages once a step
-                with amp:
-                    loss, terms = objective(part, generator)
-                (loss / len(parts)).backward()
-                passes.append(dict(loss=loss.detach(), **terms))
-            common.optimizer_step(optimizer, lr, o.clip)
-
-            bar.update(tokens_per_step)
-            if (step + 1) % LOG_EVERY == 0 or step + 1 == o.steps:
-                run.record(bar, step + 1, lr, passes)
-            if (step + 1) % o.save_every == 0 or step + 1 == o.steps:
-                run.save(step + 1, optimizer, vae)
-                export()
-
-    vae = processes.whole(vae)
+    if not o.resume and processes.rank() == 0:
+        data.save_tokenizer(corpus.tokenizer, run.folder / "tokenizer.json")
+    train(run, objective, optimizer, batch, rows, dict(trained=vae), evaluate, export)
     if processes.rank() > 0:
         return
-    vae = vae.to(device)
-    held_out = data.even_batch(corpus.val, EVAL_SEQUENCES, o.seq_len).to(device)
-    parts = held_out.split(micro_batch)
-    accuracy = sum(token_accuracy(vae, part) * len(part) for part in parts) / len(held_out)
-    print(f"reconstruction: {100 * accuracy:.2f} % of {held_out.numel():,} held-out tokens")
+    vae = load_vae(run.folder, device)  # the best
+    parts = held_out.to(device).split(rows)
+    accuracy = sum(token_accuracy(vae, part) * len(part) for part in parts) / sum(map(len, parts))
+    print(f"reconstruction: {100 * accuracy:.2f} % of {sum(p.numel() for p in parts):,} held-out tokens{run.chosen()}")
     text = "" if data.is_prepared(run.folder / "data") else f" --data {o.data[0]}"
     print(f"the VAE is in {run.folder}; next: python train_prior.py --vae {run.folder}{text}")
 

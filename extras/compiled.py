@@ -75,10 +75,11 @@ class CompiledColaDLM(ColaDLM):
     def run_dit(self, *args):
         return self.step(*args).clone()  # a CUDA graph writes its next result to the same place
 
-    def prefill(self, *args, **options):
-        state = super().prefill(*args, **options)
-        weakref.finalize(state, self.spare.append, state.dit_cache)
-        return state
+    def prefill(self, *args, state=None, **options):
+        new = super().prefill(*args, state=state, **options)
+        if state is None:
+            weakref.finalize(new, self.spare.append, new.dit_cache)
+        return new
 
     def new_dit_cache(self, batch_size, max_len):
         c, weight = self.dit.config, self.dit.txt_in.proj.weight

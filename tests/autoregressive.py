@@ -24,6 +24,7 @@ import data
 from cola import ColaDLM
 from common import option
 from measure.judge import text_of
+from training import learning_rate
 from transformer import KVCache, make_layout
 from vae import VAEBlock, VAEConfig, half_rope
 
@@ -106,7 +107,7 @@ def main():
         with common.autocast(idx.device):
             logits = model(idx[:, :-1])
         F.cross_entropy(logits.float().flatten(0, 1), idx[:, 1:].flatten()).backward()
-        common.optimizer_step(optimizer, common.learning_rate(done, 1, 0, o.lr, 0.0) * min(1, (step + 1) / 30), 1.0)
+        common.optimizer_step(optimizer, learning_rate(done, 1, 0, 1.0, o.lr, 0.0) * min(1, (step + 1) / 30), 1.0)
         step += 1
 
     with torch.no_grad():

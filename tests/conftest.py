@@ -30,10 +30,9 @@ def generated_latents(monkeypatch):
 
 @pytest.fixture(autouse=True, scope="session")
 def every_step_in_the_log():
-    import train_prior
-    import train_vae
+    import training
 
-    train_prior.LOG_EVERY = train_vae.LOG_EVERY = 1
+    training.LOG_EVERY = 1
 
 
 @pytest.fixture(autouse=True)

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 
 import common
 import data
-import resume
 import sample
 import train_prior
 import train_vae
+import training
 from cola import ColaDLM
 from measure import evaluate
 
@@ -138,7 +138,7 @@ def stopping(function, count, stop):
 def kill_while_stepping(rank):
     if rank == 1:
         stop = lambda *args: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
-        common.optimizer_step = stopping(common.optimizer_step, 4, stop)
+        training.optimizer_step = stopping(training.optimizer_step, 4, stop)
 
 
 def kill_while_saving(rank):
@@ -146,7 +146,7 @@ def kill_while_saving(rank):
         os.kill(os.getpid(), signal.SIGKILL)
 
     if rank == 0:  # after the weights have been written
-        resume.replacing = stopping(resume.replacing, 2, half)
+        training.replacing = stopping(training.replacing, 2, half)
 
 
 @pytest.mark.parametrize("fsdp", ["", "--fsdp"])
@@ -169,7 +169,7 @@ def test_what_one_began_two_finish(alone, tmp_path, monkeypatch, micro_batch):
         raise KeyboardInterrupt
 
     arguments = f"--vae {alone}/adamw-vae {PRIOR} --optimizer adamw {micro_batch} --out out"
-    monkeypatch.setattr(common, "optimizer_step", stopping(common.optimizer_step, 4, stop))
+    monkeypatch.setattr(training, "optimizer_step", stopping(training.optimizer_step, 4, stop))
     with pytest.raises(KeyboardInterrupt):
         call(train_prior.main, arguments, monkeypatch, tmp_path)
     monkeypatch.undo()
@@ -186,11 +186,11 @@ def as_process(monkeypatch, rank, n):
 def test_parts_of_a_batch(monkeypatch):
     """Together they are the batch, in order; the random numbers of no two are alike."""
     idx = torch.arange(24).view(12, 2)
-    wanted = [common.parts_of_batch(idx, 12, 0, step)[0][1].initial_seed() for step in (7, 8)]
+    wanted = [training.parts_of_batch(idx, 12, 0, step)[0][1].initial_seed() for step in (7, 8)]
     found = []
     for rank in range(3):
         as_process(monkeypatch, rank, 3)
-        found += common.parts_of_batch(idx, 2, 0, 7)
+        found += training.parts_of_batch(idx, 2, 0, 7)
     parts, generators = zip(*found, strict=True)
     assert torch.equal(torch.cat(parts), idx) and len(parts) == 6
     assert generators[0].initial_seed() == wanted[0]  # what a single process draws

@@ -16,6 +16,7 @@ from torch.distributions import Independent, Normal, kl_divergence
 import common
 import train_prior
 import train_vae
+import training
 from flow import flow_matching_loss
 
 B, L, P = 3, 4 * BLOCK, 2  # rows, tokens, tokens of a latent
@@ -116,8 +117,8 @@ def test_codes_count_in_training_alone():
     t = torch.sigmoid(-0.5 + 0.8 * torch.randn((B, z0.shape[1] // BLOCK), generator=generator))
     z1 = torch.randn(z0.shape, generator=generator)
     plain, both = (flow_matching_loss(dit, z0, z1, t, code_weight=weight) for weight in (0.0, 1.0))
-    for training, wanted in [(True, both), (False, plain)]:
-        loss, _ = objective.train(training)(idx, torch.Generator().manual_seed(0))
+    for learning, wanted in [(True, both), (False, plain)]:
+        loss, _ = objective.train(learning)(idx, torch.Generator().manual_seed(0))
         torch.testing.assert_close(loss, wanted)
 
 
@@ -203,13 +204,13 @@ def test_the_learning_rate_of_the_vae(trained, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("script", ["vae", "prior"])
 def test_the_scripts_hand_on_clipping_and_decay(script, trained, text, tmp_path, monkeypatch):
-    seen, real_step = [], common.optimizer_step
+    seen, real_step = [], training.optimizer_step
 
     def watched_step(optimizer, lr, clip):
         seen.append((clip, {group["weight_decay"] for group in optimizer.param_groups}))
-        real_step(optimizer, lr, clip)
+        return real_step(optimizer, lr, clip)
 
-    monkeypatch.setattr(common, "optimizer_step", watched_step)
+    monkeypatch.setattr(training, "optimizer_step", watched_step)
     main, source = {
         "vae": (train_vae.main, f"--data {text} --vocab-size 300 {VAE_SIZE}"),
         "prior": (train_prior.main, f"--vae {trained}/runs/vae --n-codes 0 {PRIOR_SIZE}"),

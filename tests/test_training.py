@@ -18,13 +18,15 @@ import common
 import data
 import train_prior
 import train_vae
+import training
 from cola import ColaDLM
 from dit import DiT, DiTConfig
 from extras.kernels import compile_blocks
 from flow import flow_matching_loss, sample_times, simulated_prompts
 from measure import judge
-from resume import Run, saved_options
+from released_format import load_dit, load_vae
 from train_vae import Options, VAEObjective
+from training import Run, saved_options
 from vae import TextVAE, VAEConfig, token_accuracy
 
 
@@ -38,7 +40,7 @@ def test_one_batch_is_learned_until_sampling_gives_it_back():
     optimizer = common.make_optimizer([(vae, 1.0)], "muon", 0.0)
     objective = VAEObjective(Options(beta=1e-3, mask_weight=0.1, mask_ratio=0.1, decoder_noise=0.3), vae)
     for step in range(150):
-        loss, _ = objective(idx, common.step_generator(0, step, "cpu"))
+        loss, _ = objective(idx, training.step_generator(0, step, "cpu"))
         loss.backward()
         common.optimizer_step(optimizer, 3e-3, 1.0)
     assert token_accuracy(vae, idx) == 1.0
@@ -47,13 +49,13 @@ def test_one_batch_is_learned_until_sampling_gives_it_back():
     optimizer = common.make_optimizer([(dit, 1.0)], "muon", 0.0)
     copies = idx.repeat(8, 1)  # of each row
     for step in range(steps):
-        generator = common.step_generator(1, step, "cpu")
+        generator = training.step_generator(1, step, "cpu")
         with torch.no_grad():
             z0 = vae.encode(copies).sample(generator)
         z1, t = torch.randn(z0.shape, generator=generator), sample_times(len(z0), 1.0, 1.0, generator)
         loss = flow_matching_loss(dit, z0, z1, t, simulated_prompts(len(z0), L, block, 0.3, generator))
         loss.backward()
-        common.optimizer_step(optimizer, common.learning_rate(step, steps, 20, 3e-3, 1e-5), 1.0)
+        common.optimizer_step(optimizer, training.learning_rate(step, steps, 20, 1.0, 3e-3, 1e-5), 1.0)
 
     model, texts = ColaDLM(vae, dit), idx.tolist()
     for cut in (block, block + 1, 2 * block - 1):
@@ -107,13 +109,19 @@ def test_run_folders_hold_what_they_should(trained):
         model = ColaDLM.from_pretrained(trained / folder)
         assert model.tokenizer.n_vocab == model.vae.config.vocab_size <= 300
         rows = [json.loads(line) for line in (trained / folder / "log.jsonl").read_text().splitlines()]
-        assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+        assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5, 6]
         saved = load_file(trained / folder / "cola_dit" / "model.safetensors")["txt_in.proj.weight"]
         state = {f"{name}.dit.txt_in.proj.weight": torch.empty_like(saved) for name in ("trained", "ema")}
         assert [file.name for file in (trained / folder / "training").iterdir()] == ["6"]
         dcp.load(state, checkpoint_id=trained / folder / "training" / "6", no_dist=True)
         raw, average = state.values()
         assert torch.equal(saved, average) and not torch.equal(saved, raw)
+
+
+def losses(folder):
+    """The log of a run, without what depends on the machine."""
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("tokens_per_second", "memory_gb")} for row in rows]
 
 
 def weights(folder, part):
@@ -136,24 +144,133 @@ def test_the_vae_learns_in_joint_training_only(trained):
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(trained, text, tmp_path, monkeypatch, main, options, part, source):
     """Stop after the checkpoint of step 3 of 6, resume: every loss and every weight is the same to the bit."""
-    steps, real_step = 0, common.optimizer_step
+    steps, real_step = 0, training.optimizer_step
 
     def stopping_step(*args):
         nonlocal steps
         if steps == 4:
             raise KeyboardInterrupt
         steps += 1
-        real_step(*args)
+        return real_step(*args)
 
     arguments = f"{options.format(text=text, trained=trained)} {COMMON} --steps 6 --save-every 3 --out out"
-    monkeypatch.setattr(common, "optimizer_step", stopping_step)
+    monkeypatch.setattr(training, "optimizer_step", stopping_step)
     with pytest.raises(KeyboardInterrupt):
         call(main, arguments, monkeypatch, tmp_path)
-    monkeypatch.setattr(common, "optimizer_step", real_step)
+    monkeypatch.setattr(training, "optimizer_step", real_step)
     call(main, "--resume --out out", monkeypatch, tmp_path)
-    assert (tmp_path / "out" / "log.jsonl").read_text() == (trained / source / "log.jsonl").read_text()
+    assert losses(tmp_path / "out") == losses(trained / source)
     resumed, whole = weights(tmp_path / "out", part), weights(trained / source, part)
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_a_run_is_made_longer_or_shorter(trained, tmp_path, monkeypatch, capsys):
+    shutil.copytree(trained / "runs" / "vae", tmp_path / "runs" / "vae")
+    for steps, row in [(9, dict(step=6, planned_steps=9)), (7, dict(step=6, planned_steps=7))]:
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        shutil.copytree(trained / "runs" / "cola", tmp_path / "out")
+        call(train_prior.main, f"--resume --steps {steps} --out out", monkeypatch, tmp_path)
+        assert f"planned anew: {steps} steps, not 6; learning rate" in capsys.readouterr().out
+        rows = losses(tmp_path / "out")
+        assert row in rows and rows[-1]["step"] == steps and saved_options(tmp_path / "out")["steps"] == steps
+        lr = training.learning_rate(6, steps, 50, 0.5, 8e-3, 1e-5)
+        assert next(row["lr"] for row in rows if row["step"] == 7) == lr
+    with pytest.raises(ValueError, match="has done 7 steps already: --steps 3 is less"):
+        call(train_prior.main, "--resume --steps 3 --out out", monkeypatch, tmp_path)
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing(text, tmp_path, monkeypatch):
+    """One such step is skipped and counted; ten in a row end the run, whose last good state is kept."""
+    real_forward, calls = VAEObjective.forward, []
+
+    def poisoned(self, idx, generator):
+        loss, terms = real_forward(self, idx, generator)
+        calls.append(self.training)
+        return loss * (float("nan") if self.training and sum(calls) in bad else 1.0), terms
+
+    monkeypatch.setattr(VAEObjective, "forward", poisoned)
+    start = f"--data {text} --vocab-size 300 {VAE_SIZE} {COMMON} --save-every 2 --lr 1e-3"
+    bad = [3]
+    call(train_vae.main, f"{start} --steps 4 --out one", monkeypatch, tmp_path)
+    rows = {row["step"]: row for row in losses(tmp_path / "one")}
+    assert rows[3].get("skipped") == 1 and "loss" not in rows[3] and "skipped" not in rows[4]
+    assert all(value.isfinite().all() for value in weights(tmp_path / "one", "cola_vae").values())
+    bad, calls[:] = range(4, 100), []
+    with pytest.raises(ValueError, match="10th time in a row: step 13, .* the last good state is that of step 12"):
+        call(train_vae.main, f"{start} --steps 40 --out many", monkeypatch, tmp_path)
+
+
+def test_the_best_model_on_held_out_text_is_what_is_kept(text, tmp_path, monkeypatch, capsys):
+    """By a held-out loss that is lowest in the middle: the model of that step is exported, not the last."""
+    script = iter([3.0, 2.0, 1.0, 2.5])
+    monkeypatch.setattr(train_vae, "held_out_loss", lambda *args: next(script))
+    start = f"--data {text} --vocab-size 300 {VAE_SIZE} {COMMON} --lr 1e-3 --warmup 0"
+    call(train_vae.main, f"{start} --steps 6 --eval-every 2 --out six", monkeypatch, tmp_path)
+    assert "(of step 4, the best on held-out text)" in capsys.readouterr().out
+    assert [row.get("held_out") for row in losses(tmp_path / "six")][::2] == [3.0, 2.0, 1.0, 2.5]
+    script = iter([3.0, 2.0, 1.0])
+    monkeypatch.setattr(training, "learning_rate", lambda step, *_: real_rate(step, 6, 0, 0.5, 1e-3, 1e-4))
+    call(train_vae.main, f"{start} --steps 4 --eval-every 2 --out four", monkeypatch, tmp_path)
+    best, four = (weights(tmp_path / name, "cola_vae") for name in ("six", "four"))
+    assert all(torch.equal(best[name], four[name]) for name in best)
+
+
+real_rate = training.learning_rate
+
+
+def test_training_starts_from_a_model(trained, text, tmp_path, monkeypatch):
+    """The first losses are those of the source; its sizes need not be named; after some steps on new text it is ahead
+    of a model that began anew."""
+    (tmp_path / "new.txt").write_text("\n".join(f"Row {i}: the dog number {i * 3 % 7} lay down." for i in range(300)))
+    source, steps = trained / "runs" / "cola", f"{COMMON} --steps 20 --warmup 2"
+    for stage in (train_vae, train_prior):
+        call(stage.main, f"--data new.txt --init {source} {steps} --out {stage.__name__}", monkeypatch, tmp_path)
+    vae, dit = load_vae(source), load_dit(source)
+    corpus = data.open_tokens(tmp_path / "train_vae" / "data")
+    o = train_vae.Options(batch_size=4, seq_len=32, precision="fp32")
+    wanted = training.held_out_loss(VAEObjective(o, vae), corpus.held_out(32), o, 4)
+    assert losses(tmp_path / "train_vae")[0]["held_out"] == pytest.approx(wanted, abs=1e-5)
+    o = train_prior.Options(batch_size=4, seq_len=32, precision="fp32", block_size=(dit.config.block_size,))
+    objective = train_prior.PriorObjective(o, torch.nn.ModuleDict(dict(dit=dit)), vae)
+    wanted = training.held_out_loss(objective, corpus.held_out(32), o, 4, block_size=dit.config.block_size)
+    assert losses(tmp_path / "train_prior")[0]["held_out"] == pytest.approx(wanted, abs=1e-5)
+    call(train_vae.main, f"--data new.txt {VAE_SIZE} --vocab-size 300 {steps} --out anew", monkeypatch, tmp_path)
+    ours, anew = (losses(tmp_path / name)[-1]["held_out"] for name in ("train_vae", "anew"))
+    assert ours < anew - 0.1
+    call(train_prior.main, "--resume --out train_prior --steps 22", monkeypatch, tmp_path)
+    assert load_dit(tmp_path / "train_prior").config == dit.config
+
+
+@pytest.mark.parametrize(
+    "main, options, message",
+    [
+        (train_vae.main, "--dim 64", "--dim 64 contradicts --init .*, which has 32"),
+        (train_vae.main, "--vocab-size 300", "has a tokenizer already: leave out --vocab-size"),
+        (train_prior.main, "--n-layer 2", "--n-layer 2 contradicts --init .*, which has 1"),
+        (train_prior.main, "--no-self-conditioning", "--self-conditioning False contradicts --init .*, which has True"),
+        (train_prior.main, "--joint", "away from the .* codes of this prior"),
+        (train_prior.main, "--vae {trained}/runs/joint", "does not know the latents of .*runs/joint"),
+    ],
+)
+def test_what_contradicts_the_model_to_start_from(trained, text, tmp_path, monkeypatch, main, options, message):
+    options = options.format(trained=trained)
+    with pytest.raises(ValueError, match=message):
+        call(main, f"--init {trained}/runs/cola --data {text} {COMMON} {options} --out out", monkeypatch, tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("part", ["decoder", "final_layer"])
+def test_a_part_of_the_vae_is_trained(trained, text, tmp_path, monkeypatch, part):
+    """The encoder stays as it is, so the prior that belongs to it fits."""
+    source, prefix = trained / "runs" / "cola", train_vae.PARTS[part]
+    start = f"--init {source} --vae-part {part} --data {text} {COMMON} --steps 3 --warmup 0 --out out"
+    call(train_vae.main, start, monkeypatch, tmp_path)
+    before, after = weights(source, "cola_vae"), weights(tmp_path / "out", "cola_vae")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.startswith(prefix) for name in changed)
+    call(train_prior.main, f"--init {source} --vae out {COMMON} --steps 1 --out both", monkeypatch, tmp_path)
+    assert torch.equal(weights(tmp_path / "both", "cola_vae")["decoder.final_layer.weight"],
+                       after["decoder.final_layer.weight"])  # fmt: skip
 
 
 def test_resuming_keeps_what_is_not_given_anew(tmp_path):
@@ -221,7 +338,7 @@ def test_passes_add_up_to_the_whole_batch(text, tmp_path, monkeypatch):
     one, four = (weights(tmp_path / f"micro{n}", "cola_vae") for n in (1, 4))
     difference = torch.cat([(one[name] - four[name]).flatten() for name in one]).abs()
     assert difference.mean() < 1e-6  # a step moves every weight by about lr = 2e-3
-    one, four = (json.loads((tmp_path / f"micro{n}" / "log.jsonl").read_text())["loss"] for n in (1, 4))
+    one, four = (losses(tmp_path / f"micro{n}")[-1]["loss"] for n in (1, 4))
     assert four == pytest.approx(one, rel=1e-5)  # the log has the mean over passes
 
 
@@ -325,7 +442,7 @@ def test_a_failed_start_leaves_no_trace(trained, text, tmp_path, monkeypatch):
     for argument in ("--batch-size 4096", "--dim 33", "--device nonsense", "--data nowhere"):
         with pytest.raises((ValueError, OSError)):
             call(train_vae.main, f"--data {text} {argument} --out out", monkeypatch, tmp_path)
-    with pytest.raises(ValueError, match="--joint moves the latents"):
+    with pytest.raises(ValueError, match="--joint would move the latents"):
         arguments = f"--vae {trained}/runs/vae --data {text} --joint --n-codes 9 --out out"
         call(train_prior.main, arguments, monkeypatch, tmp_path)
     assert not any(file.is_file() for file in tmp_path.rglob("*"))
@@ -385,10 +502,13 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path):
 
 
 def test_learning_rate():
-    rates = [common.learning_rate(step, 101, 10, 1.0, 0.1) for step in range(101)]
+    rates = [training.learning_rate(step, 101, 10, 1.0, 1.0, 0.1) for step in range(101)]
     assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0 and rates[100] == pytest.approx(0.1)
     assert all(a > b for a, b in pairwise(rates[10:]))
     assert rates[55] == pytest.approx(0.55)  # half of the cosine
+    rates = [training.learning_rate(step, 101, 10, 0.2, 1.0, 0.1) for step in range(101)]
+    assert set(rates[9:82]) == {1.0} and rates[100] == pytest.approx(0.1)  # 20 steps of 101 fall
+    assert all(a > b for a, b in pairwise(rates[81:])) and rates[90] == pytest.approx(0.5872, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -483,7 +603,7 @@ def test_blocks_compile_without_breaks_and_but_once():
     idx = torch.randint(0, 40, (2, 16))
 
     def gradients(seed):
-        generator = common.step_generator(seed, 0, "cpu")
+        generator = training.step_generator(seed, 0, "cpu")
         z0 = vae.encode(idx).sample(generator)
         loss = flow_matching_loss(dit, z0, torch.ones_like(z0), sample_times(2, 1.0, 1.0, generator))
         loss = loss - vae.log_likelihood(z0, idx).mean()

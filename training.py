@@ -1,0 +1,309 @@
+"""A training run: its loop, its schedule, and its folder, with the losses and all that --resume needs.
+
+Weights and optimizer are written by torch.distributed.checkpoint: every process writes the parts that it holds, and any
+number of processes can read them."""
+
+import json
+import math
+import shutil
+import sys
+import time
+import warnings
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from tqdm import tqdm
+
+from common import autocast, check_new, flag, optimizer_step, replacing
+from processes import n_processes, rank, under_torchrun
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+LOG_EVERY = 10  # steps between rows of log.jsonl
+MAX_SKIPPED = 10  # steps in a row whose gradient was not finite
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+def train(run, objective, optimizer, batch, rows, states, evaluate, export, after_step=None):
+    """Train from run.step to the last step, with --init or anew, or from where a run was interrupted.
+
+    objective(idx, generator) -> (loss, terms); batch(step) -> idx (B, ...), for all processes; rows: sequences of one
+    forward pass; states: what `Run.save` keeps; evaluate() -> {name: loss} on held-out text; export() writes the model,
+    whenever the loss "held_out" is the lowest so far.  All processes call both.  after_step(step): called after each
+    step."""
+    o, device = run.options, next(objective.parameters()).device
+    amp, tokens_per_step, skipped = autocast(device, o.precision), o.batch_size * o.seq_len, 0
+    if not o.resume:
+        run.record(0, evaluate())
+        export()
+        run.save(0, optimizer, **states)  # from here on --resume finds all it needs
+    elif run.is_best():  # the model may have been lost
+        export()
+    run.clock = run.step, time.perf_counter()
+    with tqdm(
+        initial=run.step * tokens_per_step, total=o.steps * tokens_per_step, unit="tok", unit_scale=True,
+        disable=rank() > 0,
+    ) as bar:  # fmt: skip
+        for step in range(run.step, o.steps):
+            idx = batch(step).to(device)  # (B, L)
+            lr = learning_rate(step, o.steps, o.warmup, o.decay, o.lr, o.final_lr)
+            parts, passes = parts_of_batch(idx, rows, o.seed, step), []
+            for part, generator in parts:
+                objective.require_backward_grad_sync = len(passes) == len(parts) - 1  # DDP averages once a step
+                with amp:
+                    loss, terms = objective(part, generator)
+                (loss / len(parts)).backward()
+                passes.append(dict(loss=loss.detach(), **terms))
+            norm = optimizer_step(optimizer, lr, o.clip)  # or none: one gradient like NaN would ruin every weight
+            skipped = 0 if math.isfinite(norm) else skipped + 1
+            if skipped == MAX_SKIPPED:
+                where = f"step {step + 1}, learning rate {lr:.1e}; the last good state is that of step {run.step}"
+                raise ValueError(f"the gradient is not finite for the {skipped}th time in a row: {where}")
+            if after_step:
+                after_step(step)
+
+            bar.update(tokens_per_step)
+            done = step + 1
+            row = evaluate() if done % o.eval_every == 0 or done == o.steps else {}
+            if row or done % LOG_EVERY == 0:
+                means = mean_terms(passes) | dict(grad_norm=norm) if math.isfinite(norm) else dict(skipped=skipped)
+                run.record(done, dict(lr=lr) | means | row, bar)
+            if row and run.is_best():
+                export()
+            if done % o.save_every == 0 or done == o.steps:
+                run.save(done, optimizer, **states)
+
+
+@torch.no_grad()
+def held_out_loss(objective, idx, options, rows, **choices):
+    """The mean loss of an objective on held-out text idx (N, ...), always with the same noise.  Collective."""
+    o, device = options, next(objective.parameters()).device
+    idx = idx.to(device)
+    objective.eval()
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    parts = idx.split(rows)
+    for i in range(rank(), -(-len(parts) // n_processes()) * n_processes(), n_processes()):  # all take as many passes
+        part = parts[i % len(parts)]
+        with autocast(device, o.precision):
+            loss, _ = objective(part, step_generator(o.seed, 0, device, i), **choices)
+        total += loss * len(part) * (i < len(parts))
+    objective.train()
+    if under_torchrun():
+        dist.all_reduce(total)
+    if not math.isfinite(total):
+        raise ValueError("the loss on held-out text is not finite: this model is broken")
+    return total.item() / len(idx)
+
+
+def mean_terms(passes):
+    """The means of the scalars in dicts, one for each forward pass of a step; collective."""
+    row = {name: sum(terms[name].item() for terms in passes) / len(passes) for name in passes[0]}
+    if under_torchrun():  # the mean over processes
+        values = torch.tensor(list(row.values()), dtype=torch.float64, device=passes[0]["loss"].device)
+        dist.all_reduce(values)
+        row = dict(zip(row, (values / n_processes()).tolist(), strict=True))
+    return row
+
+
+def learning_rate(step, steps, warmup, decay, peak, final):
+    """Linear warm-up to `peak` in `warmup` steps; in the last steps, a share `decay` of all, a cosine to `final` at
+    step steps - 1; with decay 1 it begins right after the warm-up."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    start = max(warmup, round((1 - decay) * steps))
+    progress = max(step - start, 0) / max(steps - 1 - start, 1)
+    return final + 0.5 * (peak - final) * (1 + math.cos(math.pi * progress))
+
+
+def parts_of_batch(idx, rows, seed, step):
+    """Cut the global batch idx (B, L) into parts of so many rows; returns those of this process, each with its
+    generator of random numbers.
+
+    A part is known by its number alone: 2 processes with 1 part each do what 1 process with 2 parts does."""
+    parts = list(enumerate(idx.split(rows)))
+    n = len(parts) // n_processes()
+    return [(part, step_generator(seed, step, idx.device, i)) for i, part in parts[rank() * n : (rank() + 1) * n]]
+
+
+def step_generator(seed, step, device, part=0):
+    """Random numbers of one part of a training step: they depend on nothing else, so a resumed run draws the same.
+
+    On a CPU only 32 bits of a seed count; the large odd factor keeps those of steps and parts apart."""
+    return torch.Generator(device).manual_seed(seed * 1_000_003 + step + part * 2_654_435_761)
+
+
+def adopt(options, given, config, free=()):
+    """The options with the sizes of an existing model's configuration; those in `free` only if they are not given.
+    Raises ValueError if another one of `given` says otherwise."""
+    names = {f.name for f in fields(options) if hasattr(config, f.name)} - (given & set(free))
+    sizes = {name: getattr(config, name) for name in names}
+    sizes = {name: (value,) if isinstance(getattr(options, name), tuple) else value for name, value in sizes.items()}
+    for name in given & sizes.keys():
+        if (named := getattr(options, name)) != sizes[name]:
+            raise ValueError(f"{flag(name)} {named} contradicts --init {options.init}, which has {sizes[name]}")
+    return replace(options, **sizes)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The folder
+
+
+class Run:
+    """One training run: `folder`, `options`, `step` (steps done so far).
+
+    folder/log.jsonl     the losses
+    folder/training/300  the state after 300 steps; run.json is written last, so a state without it is unfinished
+
+    Nothing of this is written before the first `save`."""
+
+    # Options that may change when a run is resumed.
+    FREE = ("resume", "out", "device", "steps", "save_every", "fsdp", "micro_batch", "checkpointing", "compile")
+
+    def __init__(self, options, given):
+        """With options.resume, the options come from the saved run; those given anew must agree, except FREE ones.
+        Raises FileExistsError if the folder holds anything else, FileNotFoundError if there is nothing to resume."""
+        self.folder = Path(options.out)
+        self.step, self.log, self.options = 0, [], options
+        if options.resume:
+            saved = self.read()
+            if unknown := sorted(saved.keys() - asdict(options).keys()):
+                raise ValueError(f"{self.folder} holds a run of another script or version, with {flag(unknown[0])}")
+            for name in (given - set(self.FREE)) & saved.keys():  # an older run may lack an option of today
+                if getattr(options, name) != saved[name]:
+                    value = " ".join(map(str, saved[name])) if isinstance(saved[name], tuple) else saved[name]
+                    raise ValueError(f"{self.folder} goes on with {flag(name)} {value}: resume it without {flag(name)}")
+            if "steps" in given and options.steps != saved["steps"]:
+                self.plan_anew(saved, options.steps)
+            kept = {name: value for name, value in saved.items() if name not in given | {"resume", "out"}}
+            self.options = replace(options, **kept)
+        else:
+            check_new(options.out, "add --resume, or choose another --out")
+        if self.options.fsdp and not under_torchrun():
+            raise ValueError("--fsdp shares a model out over processes: start it with torchrun, or add --no-fsdp")
+
+    def plan_anew(self, saved, steps):
+        """Let the run end after another number of steps, and say so."""
+        if steps < self.step:
+            raise ValueError(f"{self.folder} has done {self.step} steps already: --steps {steps} is less")
+        self.log.append(dict(step=self.step, planned_steps=steps))
+        names = ("warmup", "decay", "lr", "final_lr")
+        was, now = (learning_rate(self.step, n, *(saved[name] for name in names)) for n in (saved["steps"], steps))
+        if rank() == 0:
+            print(f"planned anew: {steps:,} steps, not {saved['steps']:,}; learning rate {now:.1e}, not {was:.1e}")
+
+    @property
+    def state_folder(self):
+        return self.folder / "training" / str(self.step)
+
+    def read(self):
+        """Find the last complete state; returns its options."""
+        self.step, content = last_state(self.folder)
+        if content is None:
+            advice = "start it anew with another --out"
+            raise FileNotFoundError(f"{self.folder}/training holds nothing: there is no run to resume, {advice}")
+        self.log = content["log"]
+        return content["options"]
+
+    def record(self, step, row, bar=None):
+        """Add a row to the log; of a step of training, show it on the bar and add speed and memory."""
+        if bar:
+            (before, start), self.clock = self.clock, (step, time.perf_counter())
+            bar.set_postfix({name: f"{value:.1e}" if name == "lr" else f"{value:.3f}" for name, value in row.items()})
+            speed = (step - before) * self.options.batch_size * self.options.seq_len / (self.clock[1] - start)
+            row = row | dict(tokens_per_second=round(speed), memory_gb=peak_memory())
+        self.log.append(dict(step=step) | row)
+
+    def is_best(self):
+        """Whether the last evaluation has the lowest held-out loss so far."""
+        losses = [row["held_out"] for row in self.log if "held_out" in row]
+        return losses[-1:] == [min(losses, default=None)]
+
+    def chosen(self):
+        """A text about the model that was exported, unless it is the last."""
+        row = min((row for row in self.log if "held_out" in row), key=lambda row: row["held_out"])
+        return "" if row["step"] == self.step else f" (of step {row['step']:,}, the best on held-out text)"
+
+    def state(self, optimizer, trained, others):
+        """The state dicts of all, by name.  The tensors in it are those of the models and the optimizer themselves."""
+        state = {name: model.state_dict() for name, model in dict(trained=trained, **others).items()}
+        if self.step > 0:  # before that, an optimizer has none
+            state["optimizer"] = get_optimizer_state_dict(trained, tuple(optimizer.optimizers))
+        return state
+
+    def restore(self, optimizer, trained, **others):
+        """Give the optimizer of the module `trained`, and all models, the state that `save` wrote.  Collective.
+
+        Only for runs of your own: part of the state is a pickle, which can do anything when it is read."""
+        state = self.state(optimizer, trained, others)
+        with plain_errors(ValueError, f"{self.state_folder} is damaged, or does not fit this run"):
+            dcp.load(state, checkpoint_id=self.state_folder)
+        if self.step > 0:
+            set_optimizer_state_dict(trained, tuple(optimizer.optimizers), state["optimizer"])
+
+    def save(self, step, optimizer, trained, **others):
+        """Write the log, and the state of all after `step` steps in place of the one before; complete or not at all.
+        Collective."""
+        self.step = step
+        state = self.state(optimizer, trained, others)
+        with plain_errors(OSError, f"could not write {self.state_folder}"):
+            dcp.save(state, checkpoint_id=self.state_folder)
+        if rank() > 0:
+            return
+        content = dict(options=asdict(self.options), log=self.log)
+        with replacing(self.state_folder / "run.json") as temporary:
+            temporary.write_text(json.dumps(content) + "\n")
+        for other in self.state_folder.parent.iterdir():
+            if other != self.state_folder and other.name.isdigit() and other.is_dir():  # nothing that is not ours
+                shutil.rmtree(other)
+        with replacing(self.folder / "log.jsonl") as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in self.log))
+
+
+def last_state(folder):
+    """Step and run.json of the last complete state in the folder of a run; 0 and None if there is none."""
+    steps = [int(file.parent.name) for file in Path(folder).glob("training/*/run.json") if file.parent.name.isdigit()]
+    if not steps:
+        return 0, None
+    file = Path(folder) / "training" / str(max(steps)) / "run.json"
+    try:
+        content = json.loads(file.read_text())
+        options = {name: tuple(v) if isinstance(v, list) else v for name, v in content["options"].items()}
+        return max(steps), dict(options=options, log=list(content["log"]))
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise ValueError(f"{file} is damaged or truncated") from None
+
+
+def saved_options(folder):
+    """The options of the run in a folder; {} if none is there, but a model from elsewhere."""
+    return (last_state(folder)[1] or dict(options={}))["options"]
+
+
+@contextmanager
+def plain_errors(kind, message):
+    """Failures of torch.distributed.checkpoint, which do not derive from Exception, as one of this kind."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it is, with a single process
+            warnings.filterwarnings("ignore", "Detected an existing checkpoint")  # an unfinished one
+            yield
+    except dcp.api.CheckpointException as error:
+        cause, _ = next(iter(error.failures.values()))
+        raise kind(f"{message}: {type(cause).__name__}: {cause}") from None
+
+
+def peak_memory():
+    """Of this process, in GB: on the GPU, if one is in use; None where the system does not tell."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return round(torch.cuda.max_memory_allocated() / 1e9, 2)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2) if resource else None
