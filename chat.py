@@ -19,7 +19,19 @@ import numpy as np
 import torch
 
 from cola import ColaDLM
-from common import DTYPES, SamplingOptions, option, parse_options, pick_device, run_script, weights_dtype
+from common import (
+    DTYPE_HELP,
+    DTYPES,
+    EOS_ID,
+    PAD_ID,
+    SamplingOptions,
+    option,
+    own_ids,
+    parse_options,
+    pick_device,
+    run_script,
+    sampling_precision,
+)
 from data import HELD_OUT, Writer, numbered_objects
 
 PROMPT, RESPONSE, PADDING = 0, 1, 2  # what a token of a row is
@@ -92,21 +104,22 @@ class Options(SamplingOptions):
     stop: tuple = option(("User:",), "an answer ends before any of these texts")
     context: int = option(2048, "latents that a conversation may have", low=1)
     device: str = option("auto", "auto, cpu, cuda, mps")
-    dtype: str = option("auto", "of the weights; auto: bf16 on CUDA, else fp32", choices=DTYPES)
+    dtype: str = option("auto", DTYPE_HELP, choices=DTYPES)
+    pad_id: int = option(-1, PAD_ID, low=-1)
+    eos_id: tuple = option((-1,), EOS_ID, low=-1)
     # the sampling options of the released chat
     max_new_tokens: int = option(128, "at most so many new tokens an answer", low=1)
     temperature: float = option(0.8, "of the tokens; 0 takes the likeliest", low=0.0)
     top_k: int = option(50, "keep the k likeliest tokens; 0 keeps all", low=0)
     top_p: float = option(0.9, "keep the likeliest tokens of this total probability", low=0.0, high=1.0)
-    cfg_scale: float = option(7.0, "guidance: how strongly the history steers; 1: none", low=0.0, high=1e3)
 
 
 def answer(model, state, text, stop, settings):
-    """Yield the pieces of the answer to a text; `state`, of `ColaDLM.prefill`, keeps the conversation."""
-    eos = model.tokenizer.eot_token
-    writer, written, shown = Writer(model.tokenizer, eos, settings["max_new_tokens"]), "", 0
+    """Yield the pieces of the answer to a text; `state`, of `ColaDLM.prefill`, keeps the conversation, the rest of a
+    block after a stop text included.  settings: of `ColaDLM.generate_blocks`."""
+    writer, written, shown = Writer(model.tokenizer, settings["eos_id"], settings["max_new_tokens"]), "", 0
     ids = model.tokenizer.encode_ordinary(question(text))
-    for block in model.generate_blocks([ids], eos_id=eos, state=state, **settings):
+    for block in model.generate_blocks([ids], state=state, **settings):
         written += writer.write(block.new[0], block.last)
         ends = [written.index(s) for s in stop if s and s in written]
         # What might be the beginning of a stop text waits for the next block.
@@ -121,8 +134,9 @@ def answer(model, state, text, stop, settings):
 def main():
     o, _ = parse_options(Options, __doc__)
     device = pick_device(o.device)
-    model = ColaDLM.from_pretrained(o.model, device, weights_dtype(o.dtype, device), with_tokenizer=True)
-    settings, state, n_turns = o.settings(), None, 0
+    dtype, amp = sampling_precision(o.dtype, device)
+    model = ColaDLM.from_pretrained(o.model, device, dtype, with_tokenizer=True)
+    settings, n_turns = o.settings() | own_ids(o, model), 0
     new_state = partial(model.prefill, [[]], o.context * model.vae.config.patch_size, block_size=o.block_size)
     state = new_state()
     print('Ask something; "clear" begins anew, "quit" leaves.', file=sys.stderr)
@@ -130,8 +144,9 @@ def main():
         if line == "clear":
             state, n_turns = new_state(), 0
         elif line:
-            for piece in answer(model, state, line, o.stop, settings | dict(seed=(o.seed + n_turns) % 2**31)):
-                print(piece, end="", flush=True)
+            with amp:
+                for piece in answer(model, state, line, o.stop, settings | dict(seed=(o.seed + n_turns) % 2**31)):
+                    print(piece, end="", flush=True)
             print()
             n_turns += 1
 

@@ -23,7 +23,7 @@ from flow import guide, solve, solver_times
 from released_format import find_tokenizer, load_dit, load_vae, save_dit, save_vae
 from transformer import KVCache
 
-RELEASED = SamplingOptions(grid="uniform", eta=0.0, cfg_scale=7.0)  # the defaults of the library
+RELEASED = SamplingOptions(grid="uniform", eta=0.0)  # the defaults of the library
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Choosing tokens

@@ -65,7 +65,7 @@ class SamplingOptions:
     solver: str = option("euler", "heun evaluates the prior twice a step, for --eta 0", choices=SOLVERS)
     grid: str = option("quantiles", "times of the steps; quantiles: of the times of training", choices=GRIDS)
     eta: float = option(1.0, "share of fresh noise in each step, as in DDIM; 0: the ODE", low=0.0, high=1.0)
-    cfg_scale: float = option(4.0, "guidance: how strongly the history steers; 1: none; 7: released", low=0.0, high=1e3)
+    cfg_scale: float = option(7.0, "guidance: how strongly the history steers; 1: none", low=0.0, high=1e3)
     temperature: float = option(0.0, "of the tokens; 0 takes the likeliest", low=0.0)
     top_k: int = option(0, "keep the k likeliest tokens; 0 keeps all", low=0)
     top_p: float = option(1.0, "keep the likeliest tokens of this total probability", low=0.0, high=1.0)
@@ -75,6 +75,16 @@ class SamplingOptions:
     def settings(self):
         """These options alone, without what a script adds to them."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(SamplingOptions)}
+
+
+PAD_ID = "fills a prompt's last block for the encoder; -1: the last id; the released chat: 47774"
+EOS_ID = "ids that end a text; -1: the tokenizer's end of text; released: 100257 100265"
+
+
+def own_ids(o, model):
+    """The settings of `ColaDLM.generate` for options pad_id and eos_id, where -1 is what the model has itself."""
+    ends = [model.tokenizer.eot_token if i == -1 else i for i in o.eos_id]
+    return dict(pad_id=None if o.pad_id == -1 else o.pad_id, eos_id=ends)
 
 
 def flag(name):
@@ -223,13 +233,15 @@ def autocast(device, precision="auto"):
     return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(device, precision))
 
 
-DTYPES = ("auto", "fp32", "bf16")
+DTYPES = ("auto", "fp32", "bf16", "autocast")
+DTYPE_HELP = "of the weights; autocast: fp32, with products in bf16, as released; auto: bf16 on CUDA, else fp32"
 
 
-def weights_dtype(name, device):
-    """torch.dtype of weights for sampling, from a name in DTYPES; auto: bfloat16 on CUDA that multiplies it."""
+def sampling_precision(name, device):
+    """Of a name in DTYPES, the torch.dtype of weights for sampling, and a context to sample in.  auto: bfloat16 on CUDA
+    that multiplies it."""
     bf16 = name == "bf16" or (device.type == "cuda" and uses_bf16(device, name))
-    return torch.bfloat16 if bf16 else torch.float32
+    return torch.bfloat16 if bf16 else torch.float32, autocast(device, "bf16" if name == "autocast" else "fp32")
 
 
 def uses_bf16(device, precision):

@@ -32,15 +32,17 @@ from processes import first_process_first, rank
 # ----------------------------------------------------------------------------------------------------------------------
 # Documents
 
-PIECE = 1 << 16  # characters; longer files are cut at line ends, and each piece counts as a document of its own
+PIECE = 1 << 16  # characters; longer documents are cut at line ends, and each piece counts as one of its own
+SUFFIXES = (".txt", ".md", ".jsonl")  # that folders are searched for
 
 
-def documents(source):
+def documents(source, separator=""):
     """Yield the documents of a corpus: source is a list of files, of folders, and of "names", a text that comes with
     Python (`unicode_names`).
 
-    .jsonl files hold one {"text": ...} a line; every other file is one UTF-8 text; folders are searched for .txt, .md
-    and .jsonl.  Nothing is held in memory but the current piece.  Raises ValueError or FileNotFoundError for what
+    .jsonl files hold one {"text": ...} a line; every other file is UTF-8 text, whose documents are separated by lines
+    that hold nothing but the separator, so by blank lines if that is empty.  Nothing is held in memory but the current
+    piece.  Other files of a folder than SUFFIXES are named on stderr.  Raises ValueError or FileNotFoundError for what
     cannot be read."""
     for name in source:
         if name in BUILT_IN:
@@ -53,12 +55,15 @@ def documents(source):
             raise ValueError("the name of a text is empty")
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist")
-        suffixes = (".txt", ".md", ".jsonl")
-        files = sorted(f for f in path.rglob("*") if f.suffix in suffixes and f.is_file()) if path.is_dir() else [path]
+        found = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
+        files = [f for f in found if f.suffix.lower() in SUFFIXES] if path.is_dir() else found
+        if others := [f.name for f in found if f not in files]:
+            some = ", ".join(others[:5]) + ", ..." * (len(others) > 5)
+            print(f"{path}: {len(others):,} files are skipped, not {', '.join(SUFFIXES)}: {some}", file=sys.stderr)
         if not files:
             raise ValueError(f"{path} holds no .txt, .md or .jsonl file")
         for file in files:
-            yield from jsonl_documents(file) if file.suffix == ".jsonl" else text_pieces(file)
+            yield from jsonl_documents(file) if file.suffix.lower() == ".jsonl" else text_pieces(file, separator)
 
 
 @contextlib.contextmanager
@@ -73,15 +78,17 @@ def open_text(file):
             raise ValueError(f"{file} is not UTF-8 text: see line {number}") from None
 
 
-def text_pieces(file):
+def text_pieces(file, separator):
     with open_text(file) as f:
         piece, size = [], 0
         while line := f.readline(PIECE):
-            if size + len(line) > PIECE:
+            ends = line.strip() == separator
+            if size and (ends or size + len(line) > PIECE):
                 yield "".join(piece)
                 piece, size = [], 0
-            piece.append(line)
-            size += len(line)
+            if not ends:
+                piece.append(line)
+                size += len(line)
         if size:
             yield "".join(piece)
 
@@ -373,19 +380,20 @@ HELD_OUT = 0.05  # share of the documents that no training step sees
 TOKENIZER_SAMPLE = 1 << 23  # characters that a new tokenizer is trained on
 
 
-def prepare(source, encoding, folder, batch_size=1, seq_len=1):
+def prepare(source, encoding, folder, batch_size=1, seq_len=1, separator=""):
     """Write folder/train.bin, val.bin and tokenizer.json; the corpus streams through, whatever its size.
 
     Documents are held out by a hash of their text, so the same text always falls on the same side.  Raises ValueError,
     and writes nothing, if the text is unreadable or cannot fill a batch."""
-    folder = Path(folder)
+    folder, counts = Path(folder), [0, 0]  # of documents, training and held out
     with replacing(folder / "train.bin") as train, replacing(folder / "val.bin") as val:
         with open(train, "wb") as train_file, open(val, "wb") as val_file:
-            for text in documents(source):
+            for text in documents(source, separator):
                 if text.strip():
                     ids = np.array(encoding.encode_ordinary(text) + [encoding.eot_token], dtype=np.uint32)
                     held_out = zlib.crc32(text.encode("utf-8", errors="replace")) < HELD_OUT * 2**32
                     ids.tofile(val_file if held_out else train_file)
+                    counts[held_out] += 1
         n_val, n = (sum(file.stat().st_size // 4 for file in files) for files in ([val], [train, val]))
         if n == 0:
             raise ValueError(f"there is no text in {' '.join(map(str, source))}")
@@ -394,6 +402,10 @@ def prepare(source, encoding, folder, batch_size=1, seq_len=1):
             move_tail(train, val, wanted - n_val) if n_val < wanted else move_tail(val, train, n_val - wanted)
             n_val = wanted
         check_length(n - n_val, n_val, batch_size, seq_len)
+        print(f"{sum(counts):,} documents")
+        if encoding.eot_token not in np.memmap(train, dtype=np.uint32, mode="r")[: 1 << 24]:
+            advice = "separate documents by blank lines, or choose a --separator with data.py"
+            print(f"warning: the training text holds no end of a document: {advice}", file=sys.stderr)
         save_tokenizer(encoding, folder / "tokenizer.json")
     return open_tokens(folder)
 
@@ -498,10 +510,9 @@ def check_length(n_train, n_val, batch_size, seq_len):
     """Raises ValueError if a text of so many tokens cannot fill one batch."""
     for name, have, need in [("train", n_train, batch_size * seq_len), ("val", n_val, seq_len)]:
         if have < need:
-            raise ValueError(
-                f"the {name} split has {have} tokens, a batch takes {need}: "
-                "use more text, a smaller --batch-size or a smaller --seq-len"
-            )
+            length = min(seq_len, 1 << (min(n_train, n_val) or 1).bit_length() - 1)
+            fits = f"--batch-size {min(batch_size, max(n_train // length, 1))} --seq-len {length}"
+            raise ValueError(f"the {name} split has {have} tokens, a batch takes {need}: use more text, or {fits}")
 
 
 def random_batch(tokens, batch_size, seq_len, seed, step):
@@ -526,12 +537,14 @@ class Options:
     tokenizer: str = option("bpe", "bpe (trained on the text), a tokenizer.json, or a tiktoken name (cl100k_base)")
     vocab_size: int = option(512, "size of a trained vocabulary", low=258)
     data: tuple = option(("names",), "text files, folders, .jsonl; or names, which come with Python")
+    separator: str = option("", "of documents in text files: a line that holds nothing else; nothing: a blank line")
 
 
 def main():
     options, _ = parse_options(Options, __doc__)
     check_new(options.out, "choose another --out")
-    corpus = prepare(options.data, make_tokenizer(options.tokenizer, options.vocab_size, options.data), options.out)
+    tokenizer = make_tokenizer(options.tokenizer, options.vocab_size, options.data)
+    corpus = prepare(options.data, tokenizer, options.out, separator=options.separator)
     print(f"{len(corpus.train):,} training and {len(corpus.val):,} held-out tokens of {corpus.tokenizer.n_vocab:,} ids")
     print(f"they are in {options.out}; next: python train_vae.py --data {options.out}")
 

@@ -13,7 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cola import ColaDLM
-from common import DTYPES, SamplingOptions, option, parse_options, pick_device, run_script, weights_dtype
+from common import (
+    DTYPE_HELP,
+    DTYPES,
+    EOS_ID,
+    PAD_ID,
+    SamplingOptions,
+    option,
+    own_ids,
+    parse_options,
+    pick_device,
+    run_script,
+    sampling_precision,
+)
 from data import END_OF_TEXT, decode_bytes
 from processes import collect, join_processes, n_processes, rank
 
@@ -29,7 +41,9 @@ class Options(SamplingOptions):
     stop_at_eos: bool = option(True, "end a sample where the model ends its document")
     device: str = option("auto", "auto, cpu, cuda, mps")
     compile: bool = option(False, "compile a step of the solver: many samples come faster, after a minute")
-    dtype: str = option("auto", "of the weights; auto: bf16 on CUDA, else fp32", choices=DTYPES)
+    dtype: str = option("auto", DTYPE_HELP, choices=DTYPES)
+    pad_id: int = option(-1, PAD_ID, low=-1)
+    eos_id: tuple = option((-1,), EOS_ID, low=-1)
 
 
 def show_step(tokenizer):
@@ -53,12 +67,13 @@ def main():
     folder = o.model or ("runs/cola" if Path("runs/cola").exists() else PRETRAINED)
     if not o.model and rank() == 0:
         print(f"model: {folder}", file=sys.stderr)
-    model = ColaDLM.from_pretrained(folder, device, weights_dtype(o.dtype, device), with_tokenizer=True)
+    dtype, amp = sampling_precision(o.dtype, device)
+    model = ColaDLM.from_pretrained(folder, device, dtype, with_tokenizer=True)
     if o.compile:
         from extras.compiled import CompiledColaDLM
 
         model = CompiledColaDLM(model)
-    settings = o.settings() | dict(eos_id=model.tokenizer.eot_token if o.stop_at_eos else None)
+    settings = o.settings() | own_ids(o, model) | ({} if o.stop_at_eos else dict(eos_id=None))
     prompts = [prompt for prompt in o.prompt for _ in range(o.num_samples)]
     after = [prompt or END_OF_TEXT for prompt in prompts]  # after the end of a document begins a new one
     if o.show_steps:
@@ -67,12 +82,14 @@ def main():
         settings["watch"] = show_step(model.tokenizer)
     if len(prompts) == 1:
         print(prompts[0], end="", flush=True)
-        for (piece,) in model.stream(after, **settings):
-            print(piece, end="", flush=True)
+        with amp:
+            for (piece,) in model.stream(after, **settings):
+                print(piece, end="", flush=True)
         print()
     else:
         rows = range(rank(), len(prompts), n_processes())  # of this process; each has noise of its own
-        texts = collect(model.generate([after[i] for i in rows], row_ids=rows, **settings))
+        with amp:
+            texts = collect(model.generate([after[i] for i in rows], row_ids=rows, **settings))
         for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
             print(f"--- sample {i + 1}\n{prompt}{text}")
 

@@ -19,6 +19,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from tqdm import tqdm
 
+import data
 from common import autocast, check_new, flag, optimizer_step, replacing
 from processes import n_processes, rank, under_torchrun
 
@@ -286,6 +287,13 @@ def last_state(folder):
 def saved_options(folder):
     """The options of the run in a folder; {} if none is there, but a model from elsewhere."""
     return (last_state(folder)[1] or dict(options={}))["options"]
+
+
+def own_data(folder):
+    """The token files that the model in a folder was trained on, as far as its run tells; else those of runs/vae."""
+    options = saved_options(folder)
+    named = [*options.get("data", ()), f"{options.get('vae', 'runs/vae')}/data"]
+    return next((str(f) for f in [Path(folder) / "data", *map(Path, named)] if data.is_prepared(f)), "runs/vae/data")
 
 
 @contextmanager

@@ -8,8 +8,8 @@ context, choices; see TASKS).  All tasks are generative, multiple choice include
 the question with its choices, and has to write out the right choice in 32 tokens.  The form of the prompts is the
 paper's, the wording of the worked examples is ours; a line with a `prompt` of its own is asked as it stands.
 
-Scoring gives the verdicts of the released scorer.
-"""
+Scoring gives the verdicts of the released scorer, for its own files of generations, too, in which the answer is called
+`ground_truth`.  --protocol released asks as the released script does: RELEASED, and RACE with one worked example."""
 
 import csv
 import difflib
@@ -29,6 +29,9 @@ from processes import collect, first_process_first, n_processes, rank
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Prompts
+
+
+RELEASED = dict(repetition_penalty=1.1, seed=66, limit=1000)  # options of its script where the paper says other things
 
 
 @dataclass
@@ -175,12 +178,15 @@ End: He got a good grade.
 )
 
 
-def prompt_of(task, line):
-    """The prompt of one line: its own if it has one, else the worked examples and its question."""
+def prompt_of(task, line, one_example=False):
+    """The prompt of one line: its own if it has one, else the worked examples and its question.  one_example: only the
+    first of RACE, as in the released protocol."""
     if "prompt" in line:
         return line["prompt"]
-    context = line.get("context", "")
-    return task.examples + task.form.format(
+    context, examples = line.get("context", ""), task.examples
+    if one_example and task is TASKS["race"]:
+        examples = examples[: examples.rindex("Article:")]
+    return examples + task.form.format(
         context=context,
         situation=context and context + " ",  # SIQA as released asks without; then there is only the question
         question=line.get("question", ""),
@@ -257,6 +263,8 @@ def read_lines(file, needed, without_prompt=()):
         where = f"{file} line {number}"
         if line is None:
             raise ValueError(f"{where} is not a JSON object")
+        if "ground_truth" in line:  # in the released files
+            line.setdefault("answer", line["ground_truth"])
         wanted = {*needed, *(() if "prompt" in line else without_prompt)}
         if missing := sorted(wanted - line.keys()):
             raise ValueError(f"{where} has no {missing[0]}")
@@ -304,7 +312,7 @@ def open_tasks(text, folder, limit, ranking):
 # Running
 
 
-def run(model, jobs, out, settings, batch_size, ranking=None):
+def run(model, jobs, out, settings, batch_size, ranking=None, one_example=False):
     """Generate, or rank the choices, then score; writes `out`/<task>.jsonl and the summary, and prints it.
 
     jobs: of `open_tasks`; settings: options of `ColaDLM.generate`; ranking: those of `conditional_log_prob`, to take
@@ -319,7 +327,7 @@ def run(model, jobs, out, settings, batch_size, ranking=None):
             if any(done.get(line["id"], line).get(name) != value for name, value in line.items()):
                 raise ValueError(f"{file} answers another line with the id {line['id']!r}: choose another --out")
         todo = [line for line in lines if line["id"] not in done]
-        prompts = {line["id"]: prompt_of(TASKS[name], line) for line in todo}
+        prompts = {line["id"]: prompt_of(TASKS[name], line, one_example) for line in todo}
         todo.sort(key=lambda line: len(prompts[line["id"]]))  # the rows of a batch should be about equally long
         seeds = {line["id"]: i if type(line["id"]) is str else line["id"] % 2**31 for i, line in enumerate(lines)}
         with tqdm(initial=len(lines) - len(todo), total=len(lines), desc=name, disable=rank() > 0) as bar:
@@ -408,4 +416,6 @@ def print_summary(rows):
     print(f"{'task':12}  accuracy in %     lines")
     for row in rows:
         print(f"{row['task']:12}  {100 * row['accuracy']:6.2f} ± {100 * row['se']:.2f}  {row['n']:8,}")
-    print(f"{'mean':12}  {100 * mean:6.2f}")
+    n = sum(row["n"] for row in rows)
+    of_lines = sum(row["accuracy"] * row["n"] for row in rows) / n
+    print(f"{'mean':12}  {100 * mean:6.2f}           of all lines {100 * of_lines:.2f}  {n:8,}")

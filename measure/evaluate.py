@@ -25,6 +25,7 @@ from tqdm import tqdm
 import data
 from cola import RELEASED, ColaDLM
 from common import (
+    DTYPE_HELP,
     DTYPES,
     SamplingOptions,
     check_new,
@@ -34,7 +35,7 @@ from common import (
     pick_device,
     replacing,
     run_script,
-    weights_dtype,
+    sampling_precision,
 )
 from extras.compiled import CompiledColaDLM
 from flow import solve, velocity_error, velocity_of_all_blocks
@@ -42,6 +43,7 @@ from measure import benchmarks, judge
 from measure.likelihood import LogWeights, log_weights
 from processes import collect, first_process_first, join_processes, n_processes, rank
 from released_format import weight_files
+from training import own_data
 from vae import Posterior
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -412,6 +414,7 @@ CONTEXT = 16  # tokens before each held-out sequence that the n-gram judge reads
 DIAGNOSTICS_ONLY = ("sections", "num_sequences", "seq_len", "likelihood_sequences", "read_times", "plot")
 LIKELIHOOD_ONLY = ("samples", "ode_steps", "exact", "rank_time")  # of the diagnostics and of --rank
 BENCHMARKS_ONLY = ("max_new_tokens", "task_data", "rank", "rank_time", "dtype", "compile", "limit", "batch_size")
+BENCHMARKS_ONLY += ("protocol",)
 
 
 @dataclass
@@ -420,7 +423,7 @@ class Options(SamplingOptions):
     out: str = option("", "folder of all results; default runs/evaluation, with --tasks runs/benchmarks")
     device: str = option("auto", "auto, cpu, cuda, mps")
     # diagnostics
-    data: str = option("runs/vae/data", "folder of the training and held-out tokens")
+    data: str = option("", "folder of the training and held-out tokens; nothing: those of the model's run")
     sections: tuple = option(SECTIONS, f"which diagnostics: {' '.join(SECTIONS)}")
     num_sequences: int = option(128, "held-out sequences behind each figure", low=4)
     seq_len: int = option(32, "tokens of a sequence", low=1)
@@ -435,7 +438,8 @@ class Options(SamplingOptions):
     task_data: str = option("benchmarks", "folder of task.jsonl files")
     rank: bool = option(False, "choose the likeliest of the choices instead of generating")
     rank_time: float = option(0.0, "with --rank: when the decoder reads (likelihood.log_weights)", low=0.0, high=0.99)
-    dtype: str = option("auto", "benchmarks: of the weights; auto: bf16 on CUDA, else fp32", choices=DTYPES)
+    dtype: str = option("auto", "benchmarks: " + DTYPE_HELP, choices=DTYPES)
+    protocol: str = option("paper", "benchmarks: paper, or released (benchmarks.py)", choices=("paper", "released"))
     compile: bool = option(False, "benchmarks: compile a step of the solver, as in sample.py")
     limit: int = option(0, "only so many lines of each task; 0: all", low=0)
     batch_size: int = option(32, "prompts at a time", low=1)
@@ -459,16 +463,21 @@ def main():
         raise ValueError("--plot needs matplotlib: pip install matplotlib")
     device = join_processes(pick_device(o.device))
     if o.tasks:
+        if o.protocol == "released":
+            released = {name: value for name, value in benchmarks.RELEASED.items() if name not in given}
+            o, given = replace(o, **released), given | set(released)
         jobs = benchmarks.open_tasks(o.tasks, o.task_data, o.limit, o.rank)  # the model takes longer to load
-    dtype = weights_dtype(o.dtype, device) if o.tasks else torch.float32
+    dtype, amp = sampling_precision(o.dtype, device) if o.tasks else (torch.float32, None)
     model = ColaDLM.from_pretrained(o.model, device, dtype, with_tokenizer=True).requires_grad_(False)
     vae, prior = model.vae.config, model.dit.config
     prior.block_size = o.block_size or prior.block_size  # for everything that follows
     if o.tasks:
         if o.compile:
             model = CompiledColaDLM(model)
-        return run_tasks(model, jobs, o, given)
+        with amp:
+            return run_tasks(model, jobs, o, given)
 
+    o.data = o.data or own_data(o.model)
     corpus = data.open_tokens(o.data)
     data.check_same(corpus.tokenizer, model.tokenizer)
     data.check_seq_len(o.seq_len, vae.patch_size, vae.block_size, prior.block_size)
@@ -506,7 +515,7 @@ def run_tasks(model, jobs, o, given):
         ranking = dict(n_samples=n_samples, steps=o.ode_steps, read_time=o.rank_time, exact=o.exact, seed=o.seed)
     weights = [sorted(set(weight_files(Path(o.model) / part).values())) for part in ("cola_vae", "cola_dit")]
     weights = [zlib.crc32(file.open("rb").read(1 << 26)) for files in weights for file in files]  # of the first 64 MB
-    about = dict(weights=weights, settings=settings, ranking=ranking, dtype=o.dtype)
+    about = dict(weights=weights, settings=settings, ranking=ranking, dtype=o.dtype, protocol=o.protocol)
     file = Path(o.out) / "settings.json"
     with first_process_first():
         if not file.exists():
@@ -516,7 +525,8 @@ def run_tasks(model, jobs, o, given):
         elif json.loads(file.read_text()) != about:
             raise ValueError(f"{o.out} holds results of another model or with other options: choose another --out")
     eos_id = model.tokenizer.eot_token
-    benchmarks.run(model, jobs, Path(o.out), settings | dict(eos_id=eos_id), o.batch_size, ranking)
+    settings |= dict(eos_id=eos_id)
+    benchmarks.run(model, jobs, Path(o.out), settings, o.batch_size, ranking, one_example=o.protocol == "released")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import numpy as np
 import data
 from cola import ColaDLM
 from common import SamplingOptions, option, parse_options, pick_device, run_script
+from training import own_data
 
 JUDGED = 1 << 22  # bytes, and tokens at most, of the training text that judge and yardsticks read
 START = b"\n"  # what stands before a text that begins a document; also what <|endoftext|> becomes
@@ -181,7 +182,7 @@ def training_text(corpus):
 @dataclass
 class Options(SamplingOptions):
     model: str = option("runs/cola", "folder in the released format; empty: judge --texts only")
-    data: str = option("runs/vae/data", "folder of the training and held-out tokens")
+    data: str = option("", "folder of the training and held-out tokens; nothing: those of the model's run")
     texts: tuple = option((), "more texts to judge: files as in --data of train_vae.py, each a row of the table")
     num_samples: int = option(64, "samples from the model, as many with a held-out prompt as without", low=2)
     prompt_tokens: int = option(16, "length of a held-out prompt", low=1)
@@ -190,6 +191,7 @@ class Options(SamplingOptions):
 
 def main():
     o, _ = parse_options(Options, __doc__)
+    o.data = o.data or own_data(o.model)
     corpus = data.open_tokens(o.data)
     known = training_text(corpus)
     judge = NGramJudge(known)

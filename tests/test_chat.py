@@ -135,7 +135,7 @@ def test_stop_texts(monkeypatch):
                 yield cola.Block(None, [tokenizer.encode(text)], i == len(self.blocks) - 1, [0])
 
     for blocks, wanted in [(("yes Us", "er: no"), "yes "), (("yes Us", "ual"), "yes Usual"), (("a", "b U"), "ab U")]:
-        pieces = list(chat.answer(Model(*blocks), None, "?", ["User:"], dict(max_new_tokens=99)))
+        pieces = list(chat.answer(Model(*blocks), None, "?", ["User:"], dict(max_new_tokens=99, eos_id=None)))
         assert "".join(pieces) == wanted
 
 
@@ -157,6 +157,7 @@ def test_invented_answers_are_recalled(tmp_path, monkeypatch, capsys):
     call(train_prior.main, f"{tuning} {common}", monkeypatch, tmp_path)
     model = ColaDLM.from_pretrained(tmp_path / "runs" / "chat", with_tokenizer=True)
     settings = dict(max_new_tokens=8, steps=16, grid="quantiles", eta=1.0, cfg_scale=1.0)
+    settings["eos_id"] = model.tokenizer.eot_token
     said = ["".join(chat.answer(model, model.prefill([[]], 64), f"the {a}?", [], settings)) for a in things]
     assert said == [f"{b}." for b in colours]
     # The conversation as a user sees it.
