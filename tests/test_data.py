@@ -155,6 +155,33 @@ def test_files_folders_and_jsonl(tmp_path):
     assert list(data.documents([tmp_path / "c.jsonl", tmp_path / "a.txt"])) == ["three", "four", "one\n"]
 
 
+def test_documents_of_a_text_are_separated(tmp_path, capsys):
+    """By blank lines, or by lines of one's own choice; each has an end in the tokens."""
+    (tmp_path / "A.TXT").write_text("one\ntwo\n\n \nthree\n***\nfour")
+    (tmp_path / "b.gz").write_bytes(b"\xff")
+    assert list(data.documents([tmp_path])) == ["one\ntwo\n", "three\n***\nfour"]
+    assert "1 files are skipped, not .txt, .md, .jsonl: b.gz" in capsys.readouterr().err
+    assert list(data.documents([tmp_path / "A.TXT"], "***")) == ["one\ntwo\n\n \nthree\n", "four"]
+    (tmp_path / "many.txt").write_text("\n\n".join(f"text {i}" for i in range(100)))
+    corpus = prepare([tmp_path / "many.txt"], 258, tmp_path / "many")
+    n_ends = sum(int((tokens == corpus.tokenizer.eot_token).sum()) for tokens in (corpus.train, corpus.val))
+    shown = capsys.readouterr()
+    assert n_ends == 100 and "100 documents" in shown.out and "warning" not in shown.err
+    (tmp_path / "one.txt").write_text("\n".join(f"text {i}" for i in range(100)))
+    prepare([tmp_path / "one.txt"], 258, tmp_path / "one")
+    shown = capsys.readouterr()
+    assert "1 documents" in shown.out and "warning: the training text holds no end of a document" in shown.err
+
+
+def test_a_small_text_is_told_which_sizes_fit():
+    data.check_length(1024, 128, 8, 128)
+    for n_train, n_val, fits in [(1023, 999, "7 --seq-len 128"), (500, 30, "8 --seq-len 16"), (3, 1, "3 --seq-len 1")]:
+        with pytest.raises(ValueError, match=f"use more text, or --batch-size {fits}"):
+            data.check_length(n_train, n_val, 8, 128)
+        batch_size, _, length = fits.split()
+        data.check_length(n_train, n_val, int(batch_size), int(length))
+
+
 def test_long_files_are_cut_and_nothing_is_lost(tmp_path):
     text = "".join(f"line {i}\n" for i in range(20_000)) + "x" * 200_000
     (tmp_path / "a.txt").write_text(text)

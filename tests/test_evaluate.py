@@ -185,6 +185,33 @@ def test_generated_latents_belong_to_the_tokens(trained):
         assert logits.argmax(-1)[:, length : length + 2].tolist() == [row[:2] for row in rows]
 
 
+def test_the_released_protocol(trained, tmp_path, monkeypatch):
+    """One worked example of RACE, its own seed and penalty; what is named on the command line goes first."""
+    write(tmp_path / "in" / "race.jsonl", [LINE | dict(context="On colours.")])
+    asked = []
+
+    def generate(self, prompts, **options):
+        asked.append((prompts[0], options["seed"], options["repetition_penalty"], options["max_new_tokens"]))
+        return ["the"] * len(prompts)
+
+    monkeypatch.setattr(ColaDLM, "generate", generate)
+    start = f"--model {trained}/runs/cola --tasks race --task-data in --device cpu"
+    for name, more in [("paper", ""), ("released", "--protocol released"), ("own", "--protocol released --seed 5")]:
+        call(evaluate.main, f"{start} {more} --out {name}", monkeypatch, tmp_path)
+    examples = [prompt.count("Article:") - 1 for prompt, *_ in asked]
+    assert examples == [2, 1, 1]
+    assert [rest for _, *rest in asked] == [[0, 1.0, 32], [66, 1.1, 32], [5, 1.1, 32]]
+
+
+def test_the_answer_of_released_files_is_called_ground_truth(tmp_path, monkeypatch, capsys):
+    rows = [dict(generate=text, ground_truth="mat", correct=text == "mat") for text in ("mat", "dog", "mat")]
+    write(tmp_path / "lambada.jsonl", rows)
+    write(tmp_path / "squad.jsonl", [dict(generate="mat", ground_truth="sea")])
+    call(evaluate.main, "--score lambada.jsonl squad.jsonl", monkeypatch, tmp_path)
+    shown = capsys.readouterr().out
+    assert "3 of 3 verdicts" in shown and "mean           33.33           of all lines 50.00         4" in shown
+
+
 def test_tasks_resume_and_do_not_depend_on_batches(trained, tmp_path, monkeypatch, capsys):
     lines = [dict(id=i, context="Line " * (i + 1), answer="the", source="kept") for i in range(5)]
     write(tmp_path / "in" / "lambada.jsonl", lines)

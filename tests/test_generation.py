@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, call
 from safetensors.torch import load_file, save_file
 from test_models import BLOCK, V, d, small_dit, small_vae
 from torch._dynamo.backends.common import aot_autograd
@@ -454,3 +454,34 @@ def test_blocks_of_every_size_have_the_velocity_of_training():
             torch.testing.assert_close(v, wanted[:, block], atol=1e-5, rtol=1e-4)
             dit(clean[:, block], torch.zeros(1), None, layout, cache)
             cache.commit(size)
+
+
+def test_what_sample_hands_on(trained, monkeypatch, capsys):
+    """Ids of padding and end, and fp32 weights with products in bf16, which is another text's worth of rounding."""
+    import sample
+
+    seen = []
+    real = ColaDLM.generate
+
+    def generate(self, prompts, **options):
+        autocast = torch.is_autocast_enabled("cpu")
+        seen.append((options["pad_id"], options["eos_id"], autocast, next(self.parameters()).dtype))
+        return real(self, prompts, **options)
+
+    monkeypatch.setattr(ColaDLM, "generate", generate)
+    start = "--model runs/cola --device cpu --steps 2 --max-new-tokens 4 --num-samples 2"
+    for more in ("", "--pad-id 7 --eos-id 3 4 --dtype autocast", "--no-stop-at-eos --dtype bf16"):
+        call(sample.main, f"{start} {more}", monkeypatch, trained)
+    eos = ColaDLM.from_pretrained(trained / "runs" / "cola", with_tokenizer=True).tokenizer.eot_token
+    assert seen == [
+        (None, [eos], False, torch.float32),
+        (7, [3, 4], True, torch.float32),
+        (None, None, False, torch.bfloat16),
+    ]
+
+
+def test_a_text_may_end_in_several_ways():
+    writer = Writer(None, eos_id=(7, 9), limit=9)
+    assert writer.write([1, 2, 9, 7]) == [1, 2] and writer.done
+    writer = Writer(None, eos_id=None, limit=9)
+    assert writer.write([1, 7, 9]) == [1, 7, 9] and not writer.done

@@ -306,6 +306,13 @@ def test_joint_training_weighs_the_terms_of_the_vae_as_its_own_run_did(trained, 
     assert (options["beta"], options["mask_ratio"], options["mask_weight"]) == (0.123, 0.321, 0.5)
 
 
+def test_a_model_knows_the_text_it_was_trained_on(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(trained)
+    assert [training.own_data(folder) for folder in ("runs/vae", "runs/cola", "elsewhere")] == ["runs/vae/data"] * 3
+    shutil.copytree(trained / "runs" / "vae" / "data", tmp_path / "own" / "data")
+    assert training.own_data(tmp_path / "own") == str(tmp_path / "own" / "data")
+
+
 def test_resuming_needs_the_same_text(trained, text, tmp_path, monkeypatch):
     """Token files that changed under a run would give its ids another meaning."""
     for size in (280, 290):
