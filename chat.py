@@ -33,6 +33,7 @@ from common import (
     sampling_precision,
 )
 from data import HELD_OUT, Writer, numbered_objects
+from training import saved_options
 
 PROMPT, RESPONSE, PADDING = 0, 1, 2  # what a token of a row is
 
@@ -139,6 +140,9 @@ def main():
     settings, n_turns = o.settings() | own_ids(o, model), 0
     new_state = partial(model.prefill, [[]], o.context * model.vae.config.patch_size, block_size=o.block_size)
     state = new_state()
+    if not saved_options(o.model).get("chat"):
+        print(f"{o.model} does not say that it was tuned with --chat: it may go on with your text rather than answer",
+              file=sys.stderr)  # fmt: skip
     print('Ask something; "clear" begins anew, "quit" leaves.', file=sys.stderr)
     while (line := read_line()) is not None:
         if line == "clear":

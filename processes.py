@@ -1,6 +1,6 @@
 """Training on many devices: torchrun starts one process for each and numbers them; without it there is one, number 0.
 
-The first process alone prints, and writes all but the training state (resume.py).  Where something is said to be
+The first process alone prints, and writes all but the training state (training.py).  Where something is said to be
 collective, all must take part."""
 
 import os

@@ -165,4 +165,8 @@ def test_invented_answers_are_recalled(tmp_path, monkeypatch, capsys):
     script = iter([f"the {things[0]}?", "clear", f"the {things[1]}?", "", "quit"])
     capsys.readouterr()
     call(chat.main, "--model runs/chat --temperature 0 --cfg-scale 1 --max-new-tokens 8", monkeypatch, tmp_path)
-    assert capsys.readouterr().out.splitlines() == [f"{b}." for b in colours[:2]]
+    shown = capsys.readouterr()
+    assert shown.out.splitlines() == [f"{b}." for b in colours[:2]] and "tuned with --chat" not in shown.err
+    script = iter(["quit"])
+    call(chat.main, "--model runs/cola", monkeypatch, tmp_path)
+    assert "runs/cola does not say that it was tuned with --chat" in capsys.readouterr().err
