@@ -197,8 +197,8 @@ class Run:
         if steps < self.step:
             raise ValueError(f"{self.folder} has done {self.step} steps already: --steps {steps} is less")
         self.log.append(dict(step=self.step, planned_steps=steps))
-        names = ("warmup", "decay", "lr", "final_lr")
-        was, now = (learning_rate(self.step, n, *(saved[name] for name in names)) for n in (saved["steps"], steps))
+        values = [saved.get(name, getattr(self.options, name)) for name in ("warmup", "decay", "lr", "final_lr")]
+        was, now = (learning_rate(self.step, n, *values) for n in (saved["steps"], steps))
         if rank() == 0:
             print(f"planned anew: {steps:,} steps, not {saved['steps']:,}; learning rate {now:.1e}, not {was:.1e}")
 
@@ -231,8 +231,9 @@ class Run:
 
     def chosen(self):
         """A text about the model that was exported, unless it is the last."""
-        row = min((row for row in self.log if "held_out" in row), key=lambda row: row["held_out"])
-        return "" if row["step"] == self.step else f" (of step {row['step']:,}, the best on held-out text)"
+        rows = [row for row in self.log if "held_out" in row]
+        best = min(rows, key=lambda row: row["held_out"], default=dict(step=self.step))["step"]
+        return "" if best == self.step else f" (of step {best:,}, the best on held-out text)"
 
     def state(self, optimizer, trained, others):
         """The state dicts of all, by name.  The tensors in it are those of the models and the optimizer themselves."""

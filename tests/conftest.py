@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -65,6 +66,12 @@ def call(main, arguments, monkeypatch, cwd):
     monkeypatch.chdir(cwd)
     monkeypatch.setattr(sys, "argv", ["script", *arguments.split()])
     main()
+
+
+def losses(folder):
+    """The log of a run, without what depends on the machine."""
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("tokens_per_second", "memory_gb")} for row in rows]
 
 
 @pytest.fixture(scope="session")

@@ -192,8 +192,9 @@ def test_a_gradient_moves_each_part_at_its_own_rate():
 
 
 def test_the_learning_rate_of_the_vae(trained, tmp_path, monkeypatch):
-    call(train_prior.main, f"--vae {trained}/runs/vae --joint --vae-lr-ratio 0 --ema 0 {PRIOR_SIZE} {COMMON} --steps 2",
-         monkeypatch, tmp_path)  # fmt: skip
+    monkeypatch.setitem(train_prior.PRESETS, "plain", train_prior.PRESETS["plain"] | dict(vae_lr_ratio=0.0))
+    start = f"--preset plain --vae {trained}/runs/vae --joint --ema 0"
+    call(train_prior.main, f"{start} {PRIOR_SIZE} {COMMON} --steps 2", monkeypatch, tmp_path)
     folders = trained / "runs" / "vae", tmp_path / "runs" / "cola"
     before, after = (load_file(folder / "cola_vae" / "model.safetensors") for folder in folders)
     assert all(torch.equal(before[name], after[name]) for name in before)

@@ -11,7 +11,7 @@ import autoregressive
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import COMMON, PRIOR_SIZE, VAE_SIZE, call, run
+from conftest import COMMON, PRIOR_SIZE, VAE_SIZE, call, losses, run
 from safetensors.torch import load_file
 
 import common
@@ -116,12 +116,6 @@ def test_run_folders_hold_what_they_should(trained):
         dcp.load(state, checkpoint_id=trained / folder / "training" / "6", no_dist=True)
         raw, average = state.values()
         assert torch.equal(saved, average) and not torch.equal(saved, raw)
-
-
-def losses(folder):
-    """The log of a run, without what depends on the machine."""
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("tokens_per_second", "memory_gb")} for row in rows]
 
 
 def weights(folder, part):
