@@ -36,7 +36,7 @@ class TrainingOptions:
 
     init: str = option("", "folder of a model to start from: weights, sizes, tokenizer; nothing: start anew")
     eval_every: int = option(200, "steps between evaluations on held-out text; the best model is kept", low=1)
-    decay: float = option(0.5, hidden=True)  # share of the steps, the last, in which the learning rate falls
+    decay: float = option(0.5, "share of the steps, the last, in which the learning rate falls", low=0.0, high=1.0)
     micro_batch: int = option(0, "gradient accumulation: sequences of one pass, for less memory; 0: all at once", low=0)
     fsdp: bool = option(False, "under torchrun, shard weights and optimizer over the processes: less memory")
     checkpointing: bool = option(False, "compute activations again for the gradient: less memory, a third more time")

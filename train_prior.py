@@ -50,7 +50,7 @@ class Options(common.TrainingOptions):  # which adds seed, device, resume and th
     prompt_prob: float = option(0.05, hidden=True)  # share of blocks that keep a random clean prefix, a prompt
     joint: bool = option(False, "train the VAE along, held near its stage-1 encoder")
     vae_weight: float = option(1.0, hidden=True)  # joint: of the VAE's terms; that of the flow-matching loss is 1
-    ref_weight: float = option(1.0, "joint: weight of KL(q || q_ref), per token, to the frozen encoder", low=0.0)
+    ref_weight: float = option(1.0, hidden=True)  # joint: of KL(q || q_ref), per token, to the frozen encoder
     vae_lr_ratio: float = option(1.0, hidden=True)  # joint: learning rate of the VAE over that of the prior
     # optimization
     steps: int = option(1400, "training steps", low=1)
