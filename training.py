@@ -91,29 +91,32 @@ def held_out_loss(objective, idx, options, rows, **choices):
     o, device = options, next(objective.parameters()).device
     idx = idx.to(device)
     objective.eval()
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    parts = idx.split(rows)
+    total, parts = 0.0, idx.split(rows)
     for i in range(rank(), -(-len(parts) // n_processes()) * n_processes(), n_processes()):  # all take as many passes
         part = parts[i % len(parts)]
         with autocast(device, o.precision):
             loss, _ = objective(part, step_generator(o.seed, 0, device, i), **choices)
-        total += loss * len(part) * (i < len(parts))
+        total += loss.item() * len(part) * (i < len(parts))
     objective.train()
-    if under_torchrun():
-        dist.all_reduce(total)
-    if not math.isfinite(total):
+    mean = over_processes([total], device)[0] * n_processes() / len(idx)
+    if not math.isfinite(mean):
         raise ValueError("the loss on held-out text is not finite: this model is broken")
-    return total.item() / len(idx)
+    return mean
 
 
 def mean_terms(passes):
     """The means of the scalars in dicts, one for each forward pass of a step; collective."""
     row = {name: sum(terms[name].item() for terms in passes) / len(passes) for name in passes[0]}
-    if under_torchrun():  # the mean over processes
-        values = torch.tensor(list(row.values()), dtype=torch.float64, device=passes[0]["loss"].device)
-        dist.all_reduce(values)
-        row = dict(zip(row, (values / n_processes()).tolist(), strict=True))
-    return row
+    return dict(zip(row, over_processes(list(row.values()), passes[0]["loss"].device), strict=True))
+
+
+def over_processes(numbers, device):
+    """The means of a list of numbers over all processes; collective."""
+    if not under_torchrun():
+        return numbers
+    values = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(values)
+    return (values / n_processes()).tolist()
 
 
 def learning_rate(step, steps, warmup, decay, peak, final):
