@@ -80,6 +80,7 @@ PRESETS = {  # "small" is what stands above
         ema=0.9999,  # not the paper's, which does not mention one
     ),
 }  # fmt: skip
+CHAT_BLOCKS = (16, 16, 16, 8, 8, 8, 4, 4, 4, 1)  # the shares of the released tuning, for models with blocks of 16
 CODE_WEIGHT = 1.0  # of the cross-entropy of the codes, in training; what the bar and the log show is the sum
 
 
@@ -205,6 +206,8 @@ def main():
     if options.init:
         options.vae = options.vae if "vae" in given else options.init
         options = adopt(options, given, load_dit_config(options.init), free=("block_size", "t_loc"))
+        if options.chat and "block_size" not in given and options.block_size == (16,):
+            options.block_size = CHAT_BLOCKS
     elif options.joint and "n_codes" not in given:  # the latents would move away from their codes
         options.n_codes = 0
     stage1 = saved_options(options.vae)

@@ -1,6 +1,7 @@
 """Conversations: rows by value, latents of training against those of the sampler, memory, invented answers."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import train_prior
 import train_vae
 from cola import ColaDLM
 from data import train_bpe
+from training import saved_options
 
 TURNS = [dict(role="user", content="hi"), dict(role="assistant", content="ho")]
 
@@ -170,3 +172,15 @@ def test_invented_answers_are_recalled(tmp_path, monkeypatch, capsys):
     script = iter(["quit"])
     call(chat.main, "--model runs/cola", monkeypatch, tmp_path)
     assert "runs/cola does not say that it was tuned with --chat" in capsys.readouterr().err
+
+
+def test_a_model_with_blocks_of_16_is_tuned_in_the_released_shares(trained, tmp_path, monkeypatch):
+    shutil.copytree(trained / "runs" / "cola", tmp_path / "source")
+    file = tmp_path / "source" / "cola_dit" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(block_size=16)))
+    (tmp_path / "chat.jsonl").write_text(json.dumps(TURNS))
+    start = "--init source --chat chat.jsonl --device cpu --batch-size 2 --seq-len 64 --steps 1"
+    for more, wanted in [("", train_prior.CHAT_BLOCKS), ("--block-size 4 2", (4, 2))]:
+        call(train_prior.main, f"{start} {more} --out out{len(more)}", monkeypatch, tmp_path)
+        assert saved_options(tmp_path / f"out{len(more)}")["block_size"] == wanted
+    assert [train_prior.CHAT_BLOCKS.count(size) for size in (1, 4, 8, 16)] == [1, 3, 3, 3]
