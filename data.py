@@ -58,8 +58,8 @@ def documents(source, separator=""):
         found = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
         files = [f for f in found if f.suffix.lower() in SUFFIXES] if path.is_dir() else found
         if others := [f.name for f in found if f not in files]:
-            some = ", ".join(others[:5]) + ", ..." * (len(others) > 5)
-            print(f"{path}: {len(others):,} files are skipped, not {', '.join(SUFFIXES)}: {some}", file=sys.stderr)
+            some = ", ".join(others[:5]) + f" and {len(others) - 5:,} more" * (len(others) > 5)
+            print(f"warning: in {path} only {', '.join(SUFFIXES)} are read, not {some}", file=sys.stderr)
         if not files:
             raise ValueError(f"{path} holds no .txt, .md or .jsonl file")
         for file in files:
