@@ -23,7 +23,7 @@ from flow import guide, solve, solver_times
 from released_format import find_tokenizer, load_dit, load_vae, save_dit, save_vae
 from transformer import KVCache
 
-RELEASED = SamplingOptions(grid="uniform", eta=0.0)  # the defaults of the library
+RELEASED = SamplingOptions(grid="uniform", eta=0.0, cfg_scale=7.0)  # the defaults of the library
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Choosing tokens
@@ -144,7 +144,8 @@ class ColaDLM(nn.Module):
         block_size: latents per block; 0: the prior's own.  A prior trained with several sizes writes with each.  Where
         a block ends inside one of the VAE's, as in the released chat, the decoder sees that one unfinished.
         steps, solver, grid, eta: from noise to latent, see `flow.solve` and `flow.solver_times`.
-        cfg_scale: guidance u + s (c - u) of the block with its history over the block without; 1 disables guidance.
+        cfg_scale: guidance u + s (c - u) of the block with its history over the block without; 1 disables it; 0: see
+        `SamplingOptions.guidance`.
         temperature: 0 takes the likeliest token at each position; otherwise top_k and top_p apply (0 and 1: off).
         repetition_penalty: as released, the ids that count are the model's own predictions of earlier blocks.
 
@@ -177,7 +178,7 @@ class ColaDLM(nn.Module):
             draw = partial(normal, shape, generators, self.device)
             z1 = draw() if noise is None else noise[b, state.rows].to(self.device, torch.float32)  # (B, block_size, d)
             on_step = watch and partial(self.tell, watch, state)
-            z = self.next_block(state, z1, times, o.cfg_scale, o.solver, o.eta, draw, on_step)
+            z = self.next_block(state, z1, times, o.guidance(block_size), o.solver, o.eta, draw, on_step)
 
             # Latents to tokens, all of the block at once.
             logits = self.vae.decode(z, state.vae_cache).float()  # (B, chunk, V)

@@ -65,12 +65,18 @@ class SamplingOptions:
     solver: str = option("euler", "heun evaluates the prior twice a step, for --eta 0", choices=SOLVERS)
     grid: str = option("quantiles", "times of the steps; quantiles: of the times of training", choices=GRIDS)
     eta: float = option(1.0, "share of fresh noise in each step, as in DDIM; 0: the ODE", low=0.0, high=1.0)
-    cfg_scale: float = option(7.0, "guidance: how strongly the history steers; 1: none", low=0.0, high=1e3)
+    cfg_scale: float = option(
+        0.0, "guidance: how strongly the history steers; 1: none; 0: 4 in blocks of one, else 7", low=0.0, high=1e3
+    )
     temperature: float = option(0.0, "of the tokens; 0 takes the likeliest", low=0.0)
     top_k: int = option(0, "keep the k likeliest tokens; 0 keeps all", low=0)
     top_p: float = option(1.0, "keep the likeliest tokens of this total probability", low=0.0, high=1.0)
     repetition_penalty: float = option(1.0, "above 1: avoid tokens of earlier blocks", low=1e-6)
     seed: int = option(0, "seed of the noise", low=0, high=2**31)
+
+    def guidance(self, block_size):
+        """The cfg_scale for blocks of a size.  Larger blocks want more; blocks of one lose variety by it."""
+        return self.cfg_scale or (4.0 if block_size == 1 else 7.0)
 
     def settings(self):
         """These options alone, without what a script adds to them."""

@@ -496,7 +496,8 @@ def main():
         if "compression" in o.sections:
             compression(report, model, idx, o.seed)
         if "prior" in o.sections:
-            prior_fit(report, model, idx, before, corpus, o.settings(), o.seed)
+            settings = o.settings() | dict(cfg_scale=o.guidance(prior.block_size))
+            prior_fit(report, model, idx, before, corpus, settings, o.seed)
         if "likelihood" in o.sections:
             chosen = torch.linspace(0, len(idx) - 1, min(o.likelihood_sequences, len(idx))).long()
             likelihood(report, model, idx[chosen], o)

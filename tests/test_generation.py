@@ -14,9 +14,11 @@ from test_models import BLOCK, V, d, small_dit, small_vae
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 
+import cola
 import data
 import released_format
 from cola import ColaDLM, Writer, pick_tokens
+from common import SamplingOptions
 from dit import DiT, DiTConfig
 from extras import compiled
 from extras.compiled import CompiledColaDLM
@@ -485,3 +487,19 @@ def test_a_text_may_end_in_several_ways():
     assert writer.write([1, 2, 9, 7]) == [1, 2] and writer.done
     writer = Writer(None, eos_id=None, limit=9)
     assert writer.write([1, 7, 9]) == [1, 7, 9] and not writer.done
+
+
+def test_the_default_guidance_of_a_block_size():
+    """The scripts guide blocks of one less; the library has the released 7 for all."""
+    options = SamplingOptions()
+    assert [options.guidance(size) for size in (1, 2, 16)] == [4.0, 7.0, 7.0] and cola.RELEASED.guidance(1) == 7.0
+    assert SamplingOptions(cfg_scale=2.5).guidance(1) == SamplingOptions(cfg_scale=2.5).guidance(4) == 2.5
+
+
+def test_guidance_is_that_of_the_blocks_in_use(model, monkeypatch):
+    seen = []
+    real = ColaDLM.next_block
+    monkeypatch.setattr(ColaDLM, "next_block", lambda self, *args: seen.append(args[3]) or real(self, *args))
+    for size in (1, 2):
+        model.generate([[1]], max_new_tokens=1, steps=1, cfg_scale=0.0, block_size=size)
+    assert seen == [4.0, 7.0]
