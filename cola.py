@@ -261,6 +261,7 @@ class ColaDLM(nn.Module):
             state.known_z = torch.zeros(len(ids), block_size, c.latent_dim, device=self.device)
             for i in is_known.any(1).nonzero()[:, 0].tolist():
                 state.known_z[i] = prompt_z[i, n_history[i] : n_history[i] + block_size]
+        state.last_z = state.known_z  # of the open block, until it is generated
         return state
 
     @torch.no_grad()

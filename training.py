@@ -48,7 +48,7 @@ def train(run, objective, optimizer, batch, rows, states, evaluate, export, afte
         run.record(0, evaluate())
         export()
         run.save(0, optimizer, **states)  # from here on --resume finds all it needs
-    elif run.is_best():  # the model may have been lost
+    elif run.is_best() and run.log[-1]["step"] == run.step:  # these very weights; the file may have been lost
         export()
     run.clock = run.step, time.perf_counter()
     with tqdm(
@@ -98,6 +98,8 @@ def held_out_loss(objective, idx, options, rows, **choices):
             loss, _ = objective(part, step_generator(o.seed, 0, device, i), **choices)
         total += loss.item() * len(part) * (i < len(parts))
     objective.train()
+    if hasattr(objective, "reshard"):  # FSDP leaves the root's weights whole until a backward pass, which never comes
+        objective.reshard()
     mean = over_processes([total], device)[0] * n_processes() / len(idx)
     if not math.isfinite(mean):
         raise ValueError("the loss on held-out text is not finite: this model is broken")
