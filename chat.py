@@ -19,19 +19,7 @@ import numpy as np
 import torch
 
 from cola import ColaDLM
-from common import (
-    DTYPE_HELP,
-    DTYPES,
-    EOS_ID,
-    PAD_ID,
-    SamplingOptions,
-    option,
-    own_ids,
-    parse_options,
-    pick_device,
-    run_script,
-    sampling_precision,
-)
+from common import TextOptions, option, parse_options, pick_device, run_script, sampling_precision
 from data import HELD_OUT, Writer, numbered_objects
 from training import saved_options
 
@@ -100,14 +88,10 @@ def random_rows(rows, batch_size, seed, step):
 
 
 @dataclass
-class Options(SamplingOptions):
+class Options(TextOptions):
     model: str = option("runs/chat", "folder in the released format, of a model tuned with --chat")
     stop: tuple = option(("User:",), "an answer ends before any of these texts")
     context: int = option(2048, "latents that a conversation may have", low=1)
-    device: str = option("auto", "auto, cpu, cuda, mps")
-    dtype: str = option("auto", DTYPE_HELP, choices=DTYPES)
-    pad_id: int = option(-1, PAD_ID, low=-1)
-    eos_id: tuple = option((-1,), EOS_ID, low=-1)
     # the sampling options of the released chat
     max_new_tokens: int = option(128, "at most so many new tokens an answer", low=1)
     temperature: float = option(0.8, "of the tokens; 0 takes the likeliest", low=0.0)
@@ -138,7 +122,7 @@ def main():
     device = pick_device(o.device)
     dtype, amp = sampling_precision(o.dtype, device)
     model = ColaDLM.from_pretrained(o.model, device, dtype, with_tokenizer=True)
-    settings, n_turns = o.settings() | own_ids(o, model), 0
+    settings, n_turns = o.settings() | o.own_ids(model.tokenizer), 0
     new_state = partial(model.prefill, [[]], o.context * model.vae.config.patch_size, block_size=o.block_size)
     state = new_state()
     if not saved_options(o.model).get("chat"):

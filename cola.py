@@ -135,8 +135,7 @@ class ColaDLM(nn.Module):
         row_ids: a row draws the noise of block b from a generator seeded seed + 1000 row_id + 10^7 b, as in the
         released code, so it does not depend on the rest of the batch; default 0, 1, 2, ...
         noise: (n_blocks, B, block_size, d), where blocks begin, instead; generation ends with the last of them.
-        state: of `prefill`, for one row: a text to go on with, to which `ids` are appended.  It is moved on, and can be
-        given again: its text then ends with the last token of this row, be that eos_id.
+        state: of `prefill`, for one row: a text that `ids` continue.  It is moved on, and can be given again.
         watch(z, t, new): called after every step of the solver, with the latents (B, block_size, d) and the likeliest
         tokens of each row, those of the prompt excepted.
         options: of `common.SamplingOptions`, by default as in RELEASED.  Raises ValueError for one out of range.
@@ -144,8 +143,7 @@ class ColaDLM(nn.Module):
         block_size: latents per block; 0: the prior's own.  A prior trained with several sizes writes with each.  Where
         a block ends inside one of the VAE's, as in the released chat, the decoder sees that one unfinished.
         steps, solver, grid, eta: from noise to latent, see `flow.solve` and `flow.solver_times`.
-        cfg_scale: guidance u + s (c - u) of the block with its history over the block without; 1 disables it; 0: see
-        `SamplingOptions.guidance`.
+        cfg_scale: guidance u + s (c - u), with history over without; 1: none; 0: that of `SamplingOptions.guidance`.
         temperature: 0 takes the likeliest token at each position; otherwise top_k and top_p apply (0 and 1: off).
         repetition_penalty: as released, the ids that count are the model's own predictions of earlier blocks.
 

@@ -83,14 +83,25 @@ class SamplingOptions:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(SamplingOptions)}
 
 
-PAD_ID = "fills a prompt's last block for the encoder; -1: the last id; the released chat: 47774"
-EOS_ID = "ids that end a text; -1: the tokenizer's end of text; released: 100257 100265"
+DTYPES = ("auto", "fp32", "bf16", "autocast")
+DTYPE_HELP = "of the weights; autocast: fp32, with products in bf16, as released; auto: bf16 on CUDA, else fp32"
 
 
-def own_ids(o, model):
-    """The settings of `ColaDLM.generate` for options pad_id and eos_id, where -1 is what the model has itself."""
-    ends = [model.tokenizer.eot_token if i == -1 else i for i in o.eos_id]
-    return dict(pad_id=None if o.pad_id == -1 else o.pad_id, eos_id=ends)
+@dataclasses.dataclass
+class TextOptions(SamplingOptions):
+    """What the scripts that write text add."""
+
+    device: str = option("auto", "auto, cpu, cuda, mps")
+    dtype: str = option("auto", DTYPE_HELP, choices=DTYPES)
+    pad_id: int = option(
+        -1, "fills a prompt's last block for the encoder; -1: the last id; the released chat: 47774", low=-1
+    )
+    eos_id: tuple = option((-1,), "ids that end a text; -1: the tokenizer's own; released: 100257 100265", low=-1)
+
+    def own_ids(self, tokenizer):
+        """The settings pad_id and eos_id of `ColaDLM.generate`."""
+        ends = [tokenizer.eot_token if i == -1 else i for i in self.eos_id]
+        return dict(pad_id=None if self.pad_id == -1 else self.pad_id, eos_id=ends)
 
 
 def flag(name):
@@ -237,10 +248,6 @@ def multiplies_bf16(device):
 def autocast(device, precision="auto"):
     """Mixed precision: matrix products in bfloat16, weights in fp32.  "auto": where the hardware can."""
     return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(device, precision))
-
-
-DTYPES = ("auto", "fp32", "bf16", "autocast")
-DTYPE_HELP = "of the weights; autocast: fp32, with products in bf16, as released; auto: bf16 on CUDA, else fp32"
 
 
 def sampling_precision(name, device):

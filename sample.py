@@ -13,19 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cola import ColaDLM
-from common import (
-    DTYPE_HELP,
-    DTYPES,
-    EOS_ID,
-    PAD_ID,
-    SamplingOptions,
-    option,
-    own_ids,
-    parse_options,
-    pick_device,
-    run_script,
-    sampling_precision,
-)
+from common import TextOptions, option, parse_options, pick_device, run_script, sampling_precision
 from data import END_OF_TEXT, decode_bytes
 from processes import collect, join_processes, n_processes, rank
 
@@ -33,17 +21,13 @@ PRETRAINED = Path(__file__).parent / "pretrained"  # the small model that comes 
 
 
 @dataclass
-class Options(SamplingOptions):
+class Options(TextOptions):
     model: str = option("", "folder in the released format; nothing: runs/cola if there is one, else pretrained")
     prompt: tuple = option(("",), "one or more texts to continue; empty: a new document")
     num_samples: int = option(10, "samples of each prompt", low=1)
     show_steps: bool = option(False, "one sample: show each block as it forms out of noise, a line for every step")
     stop_at_eos: bool = option(True, "end a sample where the model ends its document")
-    device: str = option("auto", "auto, cpu, cuda, mps")
     compile: bool = option(False, "compile a step of the solver: many samples come faster, after a minute")
-    dtype: str = option("auto", DTYPE_HELP, choices=DTYPES)
-    pad_id: int = option(-1, PAD_ID, low=-1)
-    eos_id: tuple = option((-1,), EOS_ID, low=-1)
 
 
 def show_step(tokenizer):
@@ -73,7 +57,7 @@ def main():
         from extras.compiled import CompiledColaDLM
 
         model = CompiledColaDLM(model)
-    settings = o.settings() | own_ids(o, model) | ({} if o.stop_at_eos else dict(eos_id=None))
+    settings = o.settings() | o.own_ids(model.tokenizer) | ({} if o.stop_at_eos else dict(eos_id=None))
     prompts = [prompt for prompt in o.prompt for _ in range(o.num_samples)]
     after = [prompt or END_OF_TEXT for prompt in prompts]  # after the end of a document begins a new one
     if o.show_steps:

@@ -175,8 +175,9 @@ def open_stage1(o, folder, device):
         return vae, tokenizer, load_dit_config(folder)
     if not o.init:
         return vae, tokenizer, dit_config(o, vae.config)
-    own = load_vae(o.init, device).encoder.state_dict()
-    if any(not torch.equal(value, own[name]) for name, value in vae.encoder.state_dict().items() if name in own):
+    own = vae if o.vae == o.init else load_vae(o.init, device)
+    pairs = zip(vae.encoder.parameters(), own.encoder.parameters(), strict=False)
+    if not all(torch.equal(value, other) for value, other in pairs):
         raise ValueError(f"the prior in {o.init} does not know the latents of {o.vae}, of another encoder")
     return vae, tokenizer, replace(load_dit_config(o.init), block_size=o.block_size[0], t_loc=o.t_loc)
 

@@ -48,7 +48,7 @@ def train(run, objective, optimizer, batch, rows, states, evaluate, export, afte
         run.record(0, evaluate())
         export()
         run.save(0, optimizer, **states)  # from here on --resume finds all it needs
-    elif run.is_best() and run.log[-1]["step"] == run.step:  # these very weights; the file may have been lost
+    elif run.is_best() and run.evaluations()[-1]["step"] == run.step:  # these very weights; the file may have been lost
         export()
     run.clock = run.step, time.perf_counter()
     with tqdm(
@@ -229,15 +229,18 @@ class Run:
             row = row | dict(tokens_per_second=round(speed), memory_gb=peak_memory())
         self.log.append(dict(step=step) | row)
 
+    def evaluations(self):
+        """The rows of the log that have a held-out loss."""
+        return [row for row in self.log if "held_out" in row]
+
     def is_best(self):
         """Whether the last evaluation has the lowest held-out loss so far."""
-        losses = [row["held_out"] for row in self.log if "held_out" in row]
+        losses = [row["held_out"] for row in self.evaluations()]
         return losses[-1:] == [min(losses, default=None)]
 
     def chosen(self):
         """A text about the model that was exported, unless it is the last."""
-        rows = [row for row in self.log if "held_out" in row]
-        best = min(rows, key=lambda row: row["held_out"], default=dict(step=self.step))["step"]
+        best = min(self.evaluations(), key=lambda row: row["held_out"], default=dict(step=self.step))["step"]
         return "" if best == self.step else f" (of step {best:,}, the best on held-out text)"
 
     def state(self, optimizer, trained, others):
