@@ -147,19 +147,26 @@ def parse_options(cls, description, presets=None, argv=None):
     return cls(**(preset | given)), set(given)
 
 
+KINDS = {int: "an integer", bool: "true or false", str: "a text"}
+
+
 def check_range(cls, values, spelt=str):
     """Raises ValueError for a value that the option of this name in the dataclass `cls` may not have; a tuple has
     several.  spelt: how the error writes the name."""
     options = {field.name: field for field in dataclasses.fields(cls)}
     for name, value in values.items():
         default, about = options[name].default, options[name].metadata
-        for number in value if isinstance(value, tuple) else (value,):
+        several = isinstance(default, tuple)
+        kind = type(default) if not several else type(default[0]) if default else str
+        if several != isinstance(value, tuple):
+            raise ValueError(f"{spelt(name)} {value!r} must be {'a list of values' if several else 'one value'}")
+        for number in value if several else (value,):
             where = f"{spelt(name)} {number!r}"
             if about["choices"] and number not in about["choices"]:
                 raise ValueError(f"{where} is out of range: it must be one of {', '.join(about['choices'])}")
-            if type(default) is int and type(number) is not int:
-                raise ValueError(f"{where} must be an integer")
-            if type(default) is float and not (isinstance(number, (int, float)) and math.isfinite(number)):
+            if kind is not float and type(number) is not kind:
+                raise ValueError(f"{where} must be {KINDS[kind]}")
+            if kind is float and not (isinstance(number, (int, float)) and math.isfinite(number)):
                 raise ValueError(f"{where} is out of range: it must be a finite number")
             low, high = about["low"], about["high"]
             if (low is not None and number < low) or (high is not None and number > high):

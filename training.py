@@ -1,14 +1,17 @@
 """A training run: its loop, its schedule, and its folder, with the losses and all that --resume needs.
 
 Weights and optimizer are written by torch.distributed.checkpoint: every process writes the parts that it holds, and any
-number of processes can read them."""
+number of processes can read them.  Nothing that is read can run code: tensors are in safetensors, all else in JSON."""
 
 import json
 import math
+import os
 import shutil
+import signal
 import sys
 import time
 import warnings
+import zlib
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -16,20 +19,23 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from tqdm import tqdm
 
 import data
-from common import autocast, check_new, flag, optimizer_step, replacing
-from processes import n_processes, rank, under_torchrun
+from common import autocast, check_new, check_range, flag, optimizer_step, replacing
+from processes import n_processes, rank, under_torchrun, wait_for_all
 
 try:
+    import fcntl
     import resource
 except ImportError:  # Windows
-    resource = None
+    fcntl = resource = None
 
 LOG_EVERY = 10  # steps between rows of log.jsonl
 MAX_SKIPPED = 10  # steps in a row whose gradient was not finite
+LOCKS = {}  # of this process: {folder: open descriptor}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The loop
@@ -44,6 +50,8 @@ def train(run, objective, optimizer, batch, rows, states, evaluate, export, afte
     step."""
     o, device = run.options, next(objective.parameters()).device
     amp, tokens_per_step, skipped = autocast(device, o.precision), o.batch_size * o.seq_len, 0
+    if o.warmup >= o.steps:
+        print(f"warning: the learning rate never reaches --lr {o.lr}: --warmup {o.warmup} is as long as the run")
     if not o.resume:
         run.record(0, evaluate())
         export()
@@ -51,7 +59,7 @@ def train(run, objective, optimizer, batch, rows, states, evaluate, export, afte
     elif run.is_best() and run.evaluations()[-1]["step"] == run.step:  # these very weights; the file may have been lost
         export()
     run.clock = run.step, time.perf_counter()
-    with tqdm(
+    with noting_signals() as signals, tqdm(
         initial=run.step * tokens_per_step, total=o.steps * tokens_per_step, unit="tok", unit_scale=True,
         disable=rank() > 0,
     ) as bar:  # fmt: skip
@@ -75,14 +83,43 @@ def train(run, objective, optimizer, batch, rows, states, evaluate, export, afte
 
             bar.update(tokens_per_step)
             done = step + 1
-            row = evaluate() if done % o.eval_every == 0 or done == o.steps else {}
-            if row or done % LOG_EVERY == 0:
-                means = mean_terms(passes) | dict(grad_norm=norm) if math.isfinite(norm) else dict(skipped=skipped)
-                run.record(done, dict(lr=lr) | means | row, bar)
-            if row and run.is_best():
-                export()
-            if done % o.save_every == 0 or done == o.steps:
+            last, evaluating = done == o.steps, done % o.eval_every == 0 or done == o.steps
+            if evaluating or skipped or done % LOG_EVERY == 0:
+                terms = dict(skipped=skipped) if skipped else mean_terms(passes) | dict(grad_norm=norm)
+                run.record(done, dict(lr=lr) | terms, bar)
+            pause = time.perf_counter()
+            if evaluating:
+                run.record(done, evaluate())
+                bar.set_postfix({name: f"{value:.3f}" for name, value in run.log[-1].items() if "held_out" in name})
+                if run.is_best():
+                    export()
+            stop = any(over_processes([len(signals)], device))
+            if last or stop or done % o.save_every == 0:
                 run.save(done, optimizer, **states)
+            if stop and not last:
+                break
+            run.clock = run.clock[0], run.clock[1] + time.perf_counter() - pause  # speed is that of training alone
+    if run.step < o.steps:
+        print(f"stopped after step {run.step:,}; go on with: python {Path(sys.argv[0]).name} --resume --out {o.out}")
+        sys.exit(128 + (signals or [signal.SIGTERM])[0])
+
+
+@contextmanager
+def noting_signals():
+    """Ctrl-C and SIGTERM, which schedulers send, go into the list that this yields, so that a step can be finished and
+    saved; sent again, they end the process at once."""
+    received = []
+
+    def note(number, _):
+        received.append(number)
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @torch.no_grad()
@@ -170,20 +207,25 @@ class Run:
     folder/log.jsonl     the losses
     folder/training/300  the state after 300 steps; run.json is written last, so a state without it is unfinished
 
-    Nothing of this is written before the first `save`."""
+    One process, or group of processes, trains in a folder at a time."""
 
     # Options that may change when a run is resumed.
     FREE = ("resume", "out", "device", "steps", "save_every", "fsdp", "micro_batch", "checkpointing", "compile")
 
     def __init__(self, options, given):
         """With options.resume, the options come from the saved run; those given anew must agree, except FREE ones.
+        A start that was interrupted before its first state can be repeated.
         Raises FileExistsError if the folder holds anything else, FileNotFoundError if there is nothing to resume."""
         self.folder = Path(options.out)
         self.step, self.log, self.options = 0, [], options
+        if not options.resume and not self.is_unfinished_start():
+            check_new(options.out, "add --resume, or choose another --out")
+        self.lock()
         if options.resume:
             saved = self.read()
             if unknown := sorted(saved.keys() - asdict(options).keys()):
                 raise ValueError(f"{self.folder} holds a run of another script or version, with {flag(unknown[0])}")
+            check_range(type(options), saved, lambda name: f"{self.state_folder}/run.json: {flag(name)}")
             for name in (given - set(self.FREE)) & saved.keys():  # an older run may lack an option of today
                 if getattr(options, name) != saved[name]:
                     value = " ".join(map(str, saved[name])) if isinstance(saved[name], tuple) else saved[name]
@@ -192,10 +234,29 @@ class Run:
                 self.plan_anew(saved, options.steps)
             kept = {name: value for name, value in saved.items() if name not in given | {"resume", "out"}}
             self.options = replace(options, **kept)
-        else:
-            check_new(options.out, "add --resume, or choose another --out")
         if self.options.fsdp and not under_torchrun():
             raise ValueError("--fsdp shares a model out over processes: start it with torchrun, or add --no-fsdp")
+
+    def is_unfinished_start(self):
+        """Whether the folder holds only what a run writes before its first state."""
+        names = {file.name for file in self.folder.iterdir()} if self.folder.is_dir() else set()
+        ours = {"training", "data", "tokenizer.json", "tokenizer.json.tmp", "cola_vae", "cola_dit"}
+        return "training" in names and names <= ours and last_state(self.folder)[1] is None
+
+    def lock(self):
+        """Take the folder for this process, until it ends, in whatever way.  Raises ValueError if another has it."""
+        place = self.folder / "training"
+        if self.options.resume and not place.is_dir():
+            raise FileNotFoundError(f"{place} does not exist: there is no run to resume, start it without --resume")
+        place.mkdir(parents=True, exist_ok=True)
+        if rank() > 0 or fcntl is None or place.resolve() in LOCKS:
+            return
+        LOCKS[place.resolve()] = os.open(place, os.O_RDONLY)
+        try:
+            fcntl.flock(LOCKS[place.resolve()], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(LOCKS.pop(place.resolve()))
+            raise ValueError(f"another process trains in {self.folder}: wait for it, or choose another --out") from None
 
     def plan_anew(self, saved, steps):
         """Let the run end after another number of steps, and say so."""
@@ -215,19 +276,21 @@ class Run:
         """Find the last complete state; returns its options."""
         self.step, content = last_state(self.folder)
         if content is None:
-            advice = "start it anew with another --out"
+            advice = "start it without --resume"
             raise FileNotFoundError(f"{self.folder}/training holds nothing: there is no run to resume, {advice}")
-        self.log = content["log"]
+        self.log, self.checksums = content["log"], content["checksums"]
         return content["options"]
 
     def record(self, step, row, bar=None):
-        """Add a row to the log; of a step of training, show it on the bar and add speed and memory."""
+        """Add to the log what is known of a step; of a step of training, show it on the bar, with speed and memory."""
         if bar:
             (before, start), self.clock = self.clock, (step, time.perf_counter())
             bar.set_postfix({name: f"{value:.1e}" if name == "lr" else f"{value:.3f}" for name, value in row.items()})
             speed = (step - before) * self.options.batch_size * self.options.seq_len / (self.clock[1] - start)
             row = row | dict(tokens_per_second=round(speed), memory_gb=peak_memory())
-        self.log.append(dict(step=step) | row)
+        if not self.log or self.log[-1]["step"] < step:
+            self.log.append(dict(step=step))
+        self.log[-1] |= row
 
     def evaluations(self):
         """The rows of the log that have a held-out loss."""
@@ -244,51 +307,74 @@ class Run:
         return "" if best == self.step else f" (of step {best:,}, the best on held-out text)"
 
     def state(self, optimizer, trained, others):
-        """The state dicts of all, by name.  The tensors in it are those of the models and the optimizer themselves."""
-        state = {name: model.state_dict() for name, model in dict(trained=trained, **others).items()}
-        if self.step > 0:  # before that, an optimizer has none
-            state["optimizer"] = get_optimizer_state_dict(trained, tuple(optimizer.optimizers))
-        return state
+        """The tensors of all models, by name, which are those of the models themselves, and the state of the optimizer,
+        which has none before the first step."""
+        tensors = {name: model.state_dict() for name, model in dict(trained=trained, **others).items()}
+        if self.step == 0:
+            return tensors, None
+        of_optimizer = get_optimizer_state_dict(trained, tuple(optimizer.optimizers))
+        return tensors | dict(optimizer=of_optimizer["state"]), of_optimizer
 
     def restore(self, optimizer, trained, **others):
-        """Give the optimizer of the module `trained`, and all models, the state that `save` wrote.  Collective.
-
-        Only for runs of your own: part of the state is a pickle, which can do anything when it is read."""
-        state = self.state(optimizer, trained, others)
+        """Give the optimizer of the module `trained`, and all models, the state that `save` wrote.  Collective."""
+        for name, checksum in self.checksums.items() if rank() == 0 else ():
+            file = self.state_folder / name
+            if not file.is_file() or file_checksum(file) != checksum:
+                raise ValueError(f"{file} is damaged or missing: its checksum is not the one in run.json")
+        tensors, of_optimizer = self.state(optimizer, trained, others)
         with plain_errors(ValueError, f"{self.state_folder} is damaged, or does not fit this run"):
-            dcp.load(state, checkpoint_id=self.state_folder)
-        if self.step > 0:
-            set_optimizer_state_dict(trained, tuple(optimizer.optimizers), state["optimizer"])
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(self.state_folder)))
+        if of_optimizer:
+            set_optimizer_state_dict(trained, tuple(optimizer.optimizers), of_optimizer)
 
     def save(self, step, optimizer, trained, **others):
         """Write the log, and the state of all after `step` steps in place of the one before; complete or not at all.
-        Collective."""
+        Collective.  Raises ValueError, and keeps the state before, if a weight is not finite."""
+        if not all(value.isfinite().all() for value in trained.state_dict().values()):
+            raise ValueError(f"a weight is not finite after step {step}; the last good state is of step {self.step}")
         self.step = step
-        state = self.state(optimizer, trained, others)
+        if rank() == 0:  # an unfinished state, of another number of processes
+            shutil.rmtree(self.state_folder, ignore_errors=True)
+        wait_for_all()
         with plain_errors(OSError, f"could not write {self.state_folder}"):
-            dcp.save(state, checkpoint_id=self.state_folder)
+            writer = HuggingFaceStorageWriter(str(self.state_folder), save_distributed=True)
+            dcp.save(self.state(optimizer, trained, others)[0], storage_writer=writer)
         if rank() > 0:
             return
-        content = dict(options=asdict(self.options), log=self.log)
+        checksums = {file.name: file_checksum(file) for file in sorted(self.state_folder.iterdir())}
+        content = dict(options=asdict(self.options), log=self.log, checksums=checksums)
         with replacing(self.state_folder / "run.json") as temporary:
-            temporary.write_text(json.dumps(content) + "\n")
+            temporary.write_text(json.dumps(content, allow_nan=False) + "\n")
         for other in self.state_folder.parent.iterdir():
             if other != self.state_folder and other.name.isdigit() and other.is_dir():  # nothing that is not ours
                 shutil.rmtree(other)
         with replacing(self.folder / "log.jsonl") as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in self.log))
+            temporary.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in self.log))
+
+
+def file_checksum(file):
+    """CRC-32 of a file's bytes."""
+    value = 0
+    with open(file, "rb") as f:
+        while chunk := f.read(1 << 24):
+            value = zlib.crc32(chunk, value)
+    return value
 
 
 def last_state(folder):
     """Step and run.json of the last complete state in the folder of a run; 0 and None if there is none."""
-    steps = [int(file.parent.name) for file in Path(folder).glob("training/*/run.json") if file.parent.name.isdigit()]
+    names = [file.parent.name for file in Path(folder).glob("training/*/run.json")]
+    steps = [int(name) for name in names if name.isascii() and name.isdigit()]
     if not steps:
         return 0, None
     file = Path(folder) / "training" / str(max(steps)) / "run.json"
     try:
         content = json.loads(file.read_text())
         options = {name: tuple(v) if isinstance(v, list) else v for name, v in content["options"].items()}
-        return max(steps), dict(options=options, log=list(content["log"]))
+        log, checksums = list(content["log"]), dict(content["checksums"])
+        if not all(type(row["step"]) is int and math.isfinite(row.get("held_out", 0)) for row in log):
+            raise ValueError
+        return max(steps), dict(options=options, log=log, checksums=checksums)
     except (LookupError, TypeError, ValueError, AttributeError):
         raise ValueError(f"{file} is damaged or truncated") from None
 

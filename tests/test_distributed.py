@@ -111,7 +111,7 @@ def test_two_processes_are_two_passes(alone, text, tmp_path, name, fsdp):
         assert codes == [0, 0] and output[1] == "", output
         tolerance = 2e-4 if name == "bf16" else 1e-6  # FSDP casts weights for each use, and adds up in fp32
         assert same_run(tmp_path / stage, alone / f"{name}-{stage}", tolerance)
-        sizes = [file.stat().st_size for file in (tmp_path / stage / "training" / "6").glob("*.distcp")]
+        sizes = [file.stat().st_size for file in (tmp_path / stage / "training" / "6").glob("*.safetensors")]
         assert len(sizes) == 2 or not fsdp  # each process has written its half, but for what is not shared out
         assert not fsdp or max(sizes) < 0.7 * sum(sizes)
 

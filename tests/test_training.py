@@ -3,15 +3,19 @@
 import ast
 import importlib
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from itertools import pairwise
 
 import autoregressive
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import COMMON, PRIOR_SIZE, VAE_SIZE, call, losses, run
+from conftest import COMMON, PRIOR_SIZE, ROOT, VAE_SIZE, call, losses, run
 from safetensors.torch import load_file
 
 import common
@@ -28,6 +32,8 @@ from released_format import load_dit, load_vae
 from train_vae import Options, VAEObjective
 from training import Run, saved_options
 from vae import TextVAE, VAEConfig, token_accuracy
+
+STATE = "shard-00001-model-00001-of-00001.safetensors"  # of a run with one process, in training/<step>
 
 
 def test_one_batch_is_learned_until_sampling_gives_it_back():
@@ -111,10 +117,9 @@ def test_run_folders_hold_what_they_should(trained):
         rows = [json.loads(line) for line in (trained / folder / "log.jsonl").read_text().splitlines()]
         assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5, 6]
         saved = load_file(trained / folder / "cola_dit" / "model.safetensors")["txt_in.proj.weight"]
-        state = {f"{name}.dit.txt_in.proj.weight": torch.empty_like(saved) for name in ("trained", "ema")}
         assert [file.name for file in (trained / folder / "training").iterdir()] == ["6"]
-        dcp.load(state, checkpoint_id=trained / folder / "training" / "6", no_dist=True)
-        raw, average = state.values()
+        state = load_file(trained / folder / "training" / "6" / STATE)
+        raw, average = (state[f"{name}.dit.txt_in.proj.weight"] for name in ("trained", "ema"))
         assert torch.equal(saved, average) and not torch.equal(saved, raw)
 
 
@@ -250,7 +255,7 @@ def test_what_contradicts_the_model_to_start_from(trained, text, tmp_path, monke
     options = options.format(trained=trained)
     with pytest.raises(ValueError, match=message):
         call(main, f"--init {trained}/runs/cola --data {text} {COMMON} {options} --out out", monkeypatch, tmp_path)
-    assert not (tmp_path / "out").exists()
+    assert not any(file.is_file() for file in tmp_path.rglob("*"))
 
 
 @pytest.mark.parametrize("part", ["decoder", "final_layer"])
@@ -451,7 +456,7 @@ def test_a_failed_start_leaves_no_trace(trained, text, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "half", "text"])
-@pytest.mark.parametrize("name", ["run.json", ".metadata", "__0_0.distcp"])
+@pytest.mark.parametrize("name", ["run.json", STATE])
 def test_resuming_from_a_damaged_file(trained, tmp_path, monkeypatch, name, damage):
     shutil.copytree(trained / "runs" / "vae", tmp_path / "out")
     file = tmp_path / "out" / "training" / "6" / name
@@ -465,11 +470,141 @@ def test_resuming_from_a_damaged_file(trained, tmp_path, monkeypatch, name, dama
         call(train_vae.main, "--resume --out out", monkeypatch, tmp_path)
 
 
+@pytest.mark.parametrize("place", [0.1, 0.5, 0.99])
+def test_one_flipped_bit_is_noticed(trained, tmp_path, monkeypatch, place):
+    shutil.copytree(trained / "runs" / "vae", tmp_path / "out")
+    file = tmp_path / "out" / "training" / "6" / STATE
+    content = bytearray(file.read_bytes())
+    content[int(place * len(content))] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{STATE} is damaged or missing: its checksum"):
+        call(train_vae.main, "--resume --out out", monkeypatch, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("steps", "many", "--steps 'many' must be an integer"),
+        ("steps", -5, "--steps -5 is out of range: it must be at least 1"),
+        ("lr", 1e999, "--lr inf is out of range: it must be a finite number"),
+        ("data", "names", "--data 'names' must be a list of values"),
+        ("optimizer", "sgd", "--optimizer 'sgd' is out of range: it must be one of muon, adamw"),
+        ("seed", True, "--seed True must be an integer"),
+    ],
+)
+def test_a_run_edited_by_hand_is_checked_like_the_command_line(trained, tmp_path, monkeypatch, name, value, message):
+    shutil.copytree(trained / "runs" / "vae", tmp_path / "out")
+    file = tmp_path / "out" / "training" / "6" / "run.json"
+    content = json.loads(file.read_text())
+    content["options"][name] = value
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"run.json: {re.escape(message)}"):
+        call(train_vae.main, "--resume --out out", monkeypatch, tmp_path)
+
+
+def test_nothing_in_a_run_is_executed(trained):
+    """No pickle: JSON, safetensors and text alone."""
+    files = [f for name in ("vae", "cola", "joint") for f in (trained / "runs" / name).rglob("*") if f.is_file()]
+    assert {f.suffix for f in files} == {".json", ".jsonl", ".safetensors", ".bin"}
+
+
+def test_a_folder_has_one_run_at_a_time(text, tmp_path):
+    """The lock ends with its process, however that ends."""
+    code = "import sys, time; sys.path.insert(0, sys.argv[1]); from train_vae import Options; from training import Run; "
+    code += "Run(Options(out=sys.argv[2]), set()); print('locked', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", code, ROOT, tmp_path / "out"], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "locked\n"
+    for resume in (False, True):
+        with pytest.raises(ValueError, match="another process trains in .*out: wait for it, or choose another --out"):
+            Run(Options(out=str(tmp_path / "out"), resume=resume), set())
+    holder.kill()
+    holder.wait()
+    Run(Options(out=str(tmp_path / "out")), set())
+
+
+@pytest.mark.parametrize("resumable", [False, True])
+def test_what_was_killed_before_its_first_state_starts_anew(trained, text, tmp_path, monkeypatch, capsys, resumable):
+    shutil.copytree(trained / "runs" / "vae", tmp_path / "out")
+    (tmp_path / "out" / "log.jsonl").unlink()
+    arguments = f"--data {text} --vocab-size 300 {VAE_SIZE} {COMMON} --steps 6 --save-every 3 --out out"
+    if resumable:
+        with pytest.raises(FileExistsError, match="already holds files: add --resume"):
+            call(train_vae.main, arguments, monkeypatch, tmp_path)
+        return
+    (tmp_path / "out" / "training" / "6" / "run.json").unlink()
+    with pytest.raises(FileNotFoundError, match="there is no run to resume, start it without --resume"):
+        call(train_vae.main, "--resume --out out", monkeypatch, tmp_path)
+    call(train_vae.main, arguments, monkeypatch, tmp_path)
+    assert losses(tmp_path / "out") == losses(trained / "runs" / "vae")
+
+
+def test_files_of_others_are_never_taken_for_an_unfinished_start(tmp_path):
+    for names in (["cola_vae", "tokenizer.json"], ["training", "notes.txt"]):  # a released model; a folder of one's own
+        for name in names:
+            (tmp_path / name).mkdir(exist_ok=True) if "." not in name else (tmp_path / name).touch()
+        with pytest.raises(FileExistsError):
+            Run(Options(out=str(tmp_path)), set())
+        shutil.rmtree(tmp_path)
+        tmp_path.mkdir()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_after_its_step(trained, text, tmp_path, monkeypatch, capsys, number):
+    step = training.optimizer_step
+    steps = []
+
+    def interrupted(*args):
+        steps.append(step(*args))
+        if len(steps) == 4:
+            os.kill(os.getpid(), number)
+        return steps[-1]
+
+    monkeypatch.setattr(training, "optimizer_step", interrupted)
+    arguments = f"--data {text} --vocab-size 300 {VAE_SIZE} {COMMON} --steps 6 --save-every 3 --out out"
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stopped:
+        call(train_vae.main, arguments, monkeypatch, tmp_path)
+    assert stopped.value.code == 128 + number and signal.getsignal(number) == before
+    assert "stopped after step 4; go on with: python script --resume --out out\n" in capsys.readouterr().out
+    call(train_vae.main, "--resume --out out", monkeypatch, tmp_path)
+    assert losses(tmp_path / "out") == losses(trained / "runs" / "vae")
+    for part in ("encoder.final_layer.weight", "decoder.final_layer.weight"):
+        assert torch.equal(weights(tmp_path / "out", "cola_vae")[part], weights(trained / "runs/vae", "cola_vae")[part])
+
+
+def test_a_weight_that_is_not_finite_is_not_saved(trained, tmp_path, monkeypatch):
+    shutil.copytree(trained / "runs" / "vae", tmp_path / "out")
+    monkeypatch.setattr(training, "optimizer_step", lambda *args: next(ruined))
+    vaes = []
+    init = TextVAE.__init__
+    monkeypatch.setattr(TextVAE, "__init__", lambda self, config: (init(self, config), vaes.append(self))[0])
+
+    def ruin():
+        vaes[0].decoder.final_layer.bias.data[0] = float("inf")
+        yield 1.0
+
+    ruined = ruin()
+    with pytest.raises(ValueError, match="a weight is not finite after step 7; the last good state is of step 6"):
+        call(train_vae.main, "--resume --out out --steps 9 --save-every 1", monkeypatch, tmp_path)
+    assert [file.name for file in (tmp_path / "out" / "training").iterdir()] == ["6"]
+
+
+def test_a_warm_up_as_long_as_the_run_is_reported(trained, capsys, monkeypatch, tmp_path):
+    shutil.copytree(trained / "runs" / "vae", tmp_path / "out")
+    for steps, expected in ((7, True), (31, False)):
+        call(train_vae.main, f"--resume --out out --steps {steps}", monkeypatch, tmp_path)
+        message = "warning: the learning rate never reaches --lr 0.002: --warmup 30 is as long as the run"
+        assert (message in capsys.readouterr().out) == expected
+
+
 def test_resuming_from_the_state_of_another_model(trained, tmp_path, monkeypatch):
     shutil.copytree(trained / "runs" / "vae", tmp_path / "out")
     shutil.copytree(trained / "runs" / "cola" / "training", tmp_path / "other")
-    for file in ("__0_0.distcp", ".metadata"):
+    for file in (STATE, "run.json"):
         shutil.copy(tmp_path / "other" / "6" / file, tmp_path / "out" / "training" / "6" / file)
+    content = json.loads((tmp_path / "out" / "training" / "6" / "run.json").read_text())
+    content["options"] = json.loads((trained / "runs" / "vae" / "training" / "6" / "run.json").read_text())["options"]
+    (tmp_path / "out" / "training" / "6" / "run.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match="does not fit this run: RuntimeError: Missing key"):
         call(train_vae.main, "--resume --out out", monkeypatch, tmp_path)
 
@@ -488,7 +623,7 @@ def test_a_full_disk_is_reported(trained, text, tmp_path, monkeypatch):
     def fail(*args):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(dcp.FileSystemWriter, "write_data", fail)
+    monkeypatch.setattr(dcp.HuggingFaceStorageWriter, "write_data", fail)
     arguments = f"--data {text} --vocab-size 300 {VAE_SIZE} {COMMON} --steps 6"
     with pytest.raises(OSError, match="could not write training/0: OSError: no space left on device"):
         call(train_vae.main, f"{arguments} --out .", monkeypatch, tmp_path)
