@@ -39,13 +39,15 @@ def simulated_prompts(B, n, block_size, probability, generator=None, device=None
     return (inside & chosen[..., None] & (block_size > 1)).flatten(1)[:, :n]
 
 
-def flow_matching_loss(dit, z0, z1, t, prompt=None, valid=None, block_size=None, code_weight=0.0):
+def flow_matching_loss(dit, z0, z1, t, prompt=None, valid=None, block_size=None, code_weight=0.0, count=None):
     """L_FM of all blocks in one pass (stage 2, last term of Eq. 2.2.3).
 
     z0 (B, n, d) clean latents; z1 (B, n, d) noise; t: a time for every row, (B,), or every block, (B, n_blocks).
     prompt: bool (B, n), latents that stay clean and carry no loss; valid: bool (B, n), False on padding, which carries
     none either (for rows of different lengths); block_size: latents per block, default that of the dit's configuration.
     Returns the mean squared velocity error per channel, a scalar, plus the following.
+    count: what the sum over latents is divided by; None: how many carry loss.  A number that does not depend on what
+    was drawn, such as the one expected, makes the loss of a batch the same however it is cut into passes.
     code_weight: for a prior with a `Codebook`, adds code_weight times -log w(z_t) of the code nearest to z0, in nats
     per latent.  Both have the same minimum, the true distribution of codes, but the logarithm is found faster.
 
@@ -57,7 +59,7 @@ def flow_matching_loss(dit, z0, z1, t, prompt=None, valid=None, block_size=None,
     is_clean = torch.zeros(z0.shape[:2], dtype=torch.bool, device=z0.device) if prompt is None else prompt
     counts = ~is_clean if valid is None else ~is_clean & valid
     error = velocity_error(dit, z0, z1, t, is_clean, block_size, code_weight)
-    return (error * counts).sum() / counts.sum().clamp(min=1)
+    return (error * counts).sum() / (counts.sum().clamp(min=1) if count is None else count)
 
 
 def velocity_error(dit, z0, z1, t, is_clean=None, block_size=None, code_weight=0.0):
@@ -166,8 +168,8 @@ def solve(velocity, z, times, solver="euler", eta=0.0, noise=None, watch=None):
     (the last step of a run to t = 0 evaluates at 0 as well).  watch(z, t): called after every step.
     eta: above 0, for times that go down, every step puts fresh noise, noise() of the shape of z (default: the global
     generator's), in place of a part of the old, as much as in DDIM (arXiv:2010.02502, Eq. 16): with 1, the ancestral
-    sampler of DDPM.  All times keep the
-    distribution that the flow gives them, and errors of earlier steps are forgotten."""
+    sampler of DDPM.  All times keep the distribution that the flow gives them, and errors of earlier steps are
+    forgotten."""
     for t, following in pairwise(times):
         dt = following - t
         v = velocity(z, t)

@@ -12,13 +12,14 @@ import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 
 import common
 import data
 import processes
-from chat import PADDING, PROMPT, open_chats, random_rows
+from chat import PADDING, PROMPT, RESPONSE, open_chats, random_rows
 from common import option
 from dit import DiT, DiTConfig
 from extras.codebook import fit_codes
@@ -33,7 +34,7 @@ from vae import masked_view_loss, reconstruction_loss
 class Options(common.TrainingOptions):  # which adds seed, device, resume and the like
     # data
     vae: str = option("runs/vae", "folder of the stage-1 run or of a released model; with --init: that one")
-    data: tuple = option((), "as in train_vae.py, tokenized as the VAE was; nothing: the text of the VAE's own run")
+    data: tuple = option((), "as in train_vae.py, tokenized as the VAE was; nothing: the text of the run of --vae")
     chat: tuple = option((), "with --init, instead of --data: conversations to tune a model on (chat.py), .jsonl")
     # model; the latent size is the VAE's
     preset: str = option("small", "small; plain: without codes; 2b: the paper's", choices=("small", "plain", "2b"))
@@ -88,11 +89,12 @@ class PriorObjective(nn.Module):
     """The stage-2 objective as a forward pass, because DDP and FSDP hook into that.
 
     models: what is trained, dit and, with o.joint, vae.  frozen: the stage-1 VAE, which encodes the text or, in joint
-    training, is the reference; not a submodule, so that it is neither trained nor sharded."""
+    training, is the reference; not a submodule, so that it is neither trained nor sharded.  answer_len: of
+    conversations, the mean number of latents of an answer."""
 
-    def __init__(self, o, models, frozen):
+    def __init__(self, o, models, frozen, answer_len=0.0):
         super().__init__()
-        self.o, self.models, self.frozen = o, models, (frozen,)
+        self.o, self.models, self.frozen, self.answer_len = o, models, (frozen,), answer_len
 
     def forward(self, idx, generator, block_size=None):
         """idx (B, L) token ids, or (B, 2, L) with their parts, of conversations (`chat.open_chats`) -> (loss, terms):
@@ -118,10 +120,12 @@ class PriorObjective(nn.Module):
             prompt, valid = parts == PROMPT, parts != PADDING
             alone = vae.encode(idx.masked_fill(~prompt, vae.config.vocab_size - 1))
             z0 = torch.where(prompt[..., None], vae.to_dit(alone.mu), z0)
+            count = B * self.answer_len if self.training else None  # of latents with loss, the number expected
         else:
             prompt, valid = simulated_prompts(B, n, block_size, o.prompt_prob, generator, z0.device), None
+            count = B * n * (1 - o.prompt_prob / 2 * (block_size > 1))  # the mean prompt is half a block
         code_weight = CODE_WEIGHT if self.training and o.n_codes else 0.0
-        fm = flow_matching_loss(dit, z0, z1, t, prompt, valid, block_size, code_weight)
+        fm = flow_matching_loss(dit, z0, z1, t, prompt, valid, block_size, code_weight, count)
         if not o.joint:
             return fm, {}
 
@@ -183,19 +187,21 @@ def open_stage1(o, folder, device):
 
 
 def open_text(o, folder, vae, tokenizer):
-    """What to learn from: a function step -> a batch for the objective, a batch of held-out text, and the token file
-    that both are taken from, None for conversations."""
+    """What to learn from: a function step -> a batch for the objective, a batch of held-out text, and what the first is
+    taken from, a token file or rows of conversations."""
     data.check_seq_len(o.seq_len, vae.config.patch_size, vae.config.block_size, *o.block_size)
     if o.chat:
         if vae.config.patch_size > 1 or o.joint or not o.init:
             raise ValueError("--chat tunes the prior of a model with one token per latent: add --init, without --joint")
+        if o.data:
+            raise ValueError("--data and --chat exclude each other: a run learns from texts or from conversations")
         rows, held_out = open_chats(o.chat, tokenizer, o.seq_len, vae.config.vocab_size - 1)
         print(f"{len(rows):,} answers to learn from")
-        held_out = torch.from_numpy(held_out[: data.EVAL_SEQUENCES])
-        return lambda step: random_rows(rows, o.batch_size, o.seed, step), held_out, None
+        evenly = np.linspace(0, len(held_out) - 1, min(len(held_out), data.EVAL_SEQUENCES), dtype=np.int64)
+        return lambda step: random_rows(rows, o.batch_size, o.seed, step), torch.from_numpy(held_out[evenly]), rows
     text = o.data or (f"{o.vae}/data",)
     if not o.data and not data.is_prepared(text[0]):
-        raise ValueError(f"{o.vae} has no text of its own: name some with --data")
+        raise ValueError(f"{'--init ' * bool(o.init)}{o.vae} has no text beside it: name some with --data")
     corpus = data.open_corpus(text, folder / "data", lambda: tokenizer, o.batch_size, o.seq_len, o.resume)
     data.check_same(corpus.tokenizer, tokenizer)
     print(f"{len(corpus.train):,} training tokens")
@@ -207,8 +213,12 @@ def main():
     if options.init:
         options.vae = options.vae if "vae" in given else options.init
         options = adopt(options, given, load_dit_config(options.init), free=("block_size", "t_loc"))
-        if options.chat and "block_size" not in given and options.block_size == (16,):
-            options.block_size = CHAT_BLOCKS
+        if "block_size" not in given:  # the configuration has the first alone
+            sizes = saved_options(options.init).get("block_size", ())
+            if sizes[:1] == options.block_size:
+                options.block_size = sizes
+            elif options.chat and options.block_size == (16,):
+                options.block_size = CHAT_BLOCKS
     elif options.joint and "n_codes" not in given:  # the latents would move away from their codes
         options.n_codes = 0
     stage1 = saved_options(options.vae)
@@ -222,14 +232,15 @@ def main():
     if o.self_conditioning and rows < 2:
         raise ValueError("--self-conditioning takes half of the sequences of a pass: it needs 2 of them at least")
     vae, tokenizer, config = open_stage1(o, run.folder, device)
-    batch, held_out, tokens = open_text(o, run.folder, vae, tokenizer)
+    batch, held_out, source = open_text(o, run.folder, vae, tokenizer)
+    answer_len = float((source[:, 1] == RESPONSE).sum() / len(source)) if o.chat else 0.0
 
     # What is trained, its moving average and its optimizer; new or as they were.
     torch.manual_seed(o.seed)
     dit = (load_dit(o.init, device) if o.init and not o.resume else DiT(config)).to(device)
     dit.config = config
     if o.n_codes and not o.init and not o.resume:
-        fit_codes(dit.codebook, vae, tokens, o.seq_len)
+        fit_codes(dit.codebook, vae, source, o.seq_len)
     trained = nn.ModuleDict(dict(dit=dit, vae=copy.deepcopy(vae)) if o.joint else dict(dit=dit))
     vae.requires_grad_(False)  # the frozen VAE, or the reference
     ema = copy.deepcopy(trained).requires_grad_(False)
@@ -239,8 +250,8 @@ def main():
         if o.compile:
             compile_blocks(model)
 
-    objective = processes.distribute(PriorObjective(o, trained, vae), fsdp_groups(trained), device, o.fsdp)
-    average = PriorObjective(o, ema, vae)
+    objective = processes.distribute(PriorObjective(o, trained, vae, answer_len), fsdp_groups(trained), device, o.fsdp)
+    average = PriorObjective(o, ema, vae, answer_len)
     if o.fsdp:  # the average is kept in the same parts
         processes.distribute(average, fsdp_groups(ema), device, o.fsdp)
     lr_ratios = dict(dit=1.0, vae=o.vae_lr_ratio)
@@ -250,7 +261,8 @@ def main():
     if o.resume:
         run.restore(optimizer, **states)
     n_params = sum(p.numel() for p in dit.parameters())
-    print(f"prior of {n_params:,} parameters on {device}")
+    sizes = " ".join(str(s) for s in sorted(set(o.block_size)))
+    print(f"prior of {n_params:,} parameters on {device}, in blocks of {sizes}")
 
     def evaluate():
         losses = {s: held_out_loss(average, held_out, o, rows, block_size=s) for s in sorted(set(o.block_size))}

@@ -7,10 +7,12 @@
     torchrun --nproc_per_node=8 train_vae.py         # on 8 devices; with --fsdp, the model is shared out over them
 """
 
+import math
 from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn as nn
+from tqdm import tqdm
 
 import common
 import data
@@ -21,6 +23,7 @@ from released_format import find_tokenizer, load_vae, load_vae_config, save_vae
 from training import Run, adopt, held_out_loss, train
 from vae import TextVAE, VAEConfig, masked_view_loss, reconstruction_loss, token_accuracy
 
+LOW_SNR = 0.5  # about 4.5 is usual; 0 is where a new VAE begins, and where the posterior collapses to N(mu, 1)
 PARTS = dict(all="", decoder="decoder", final_layer="decoder.final_layer")  # names of --vae-part, of parameters
 
 
@@ -98,6 +101,8 @@ def main():
     options, given = common.parse_options(Options, __doc__, PRESETS)
     if options.init:
         options = adopt(options, given, load_vae_config(options.init))
+    elif options.vae_part != "all" and not options.resume:
+        raise ValueError(f"--vae-part {options.vae_part} leaves the rest as it is, which takes a model: add --init")
     run = Run(options, given)
     o, device = run.options, processes.join_processes(common.pick_device(options.device))
     start = run.folder if o.resume else o.init  # of weights, configuration and tokenizer; "" if all is new
@@ -107,7 +112,7 @@ def main():
     rows = data.micro_batch_size(o.batch_size, o.micro_batch, processes.n_processes())
     data.check_seq_len(o.seq_len, config.patch_size, config.block_size)
     if (o.init or data.is_prepared(o.data[0])) and (named := given & {"tokenizer", "vocab_size"}):
-        raise ValueError(f"{o.init or o.data[0]} has a tokenizer already: leave out {flag(named.pop())}")
+        raise ValueError(f"{o.init or o.data[0]} has a tokenizer already: leave out {flag(min(named))}")
     own = find_tokenizer(start, config.vocab_size, required=True) if start else None
     corpus = data.open_corpus(
         o.data, run.folder / "data", lambda: own or data.make_tokenizer(o.tokenizer, o.vocab_size, o.data),
@@ -138,6 +143,11 @@ def main():
     batch, held_out = corpus.batches(o.batch_size, o.seq_len, o.seed), corpus.held_out(o.seq_len)
 
     def evaluate():
+        noisy = [row["step"] for row in run.log if row.get("log_snr", math.inf) < LOW_SNR and row["step"] > o.warmup]
+        if noisy and noisy[0] == run.log[-1]["step"]:  # once
+            advice = "lower --beta or --lr, or raise --decoder-noise"
+            snr = run.log[-1]["log_snr"]
+            tqdm.write(f"warning: the noise of the latents drowns them (log_snr {snr:.2f}): {advice}")
         return dict(held_out=held_out_loss(objective, held_out, o, rows))
 
     def export():

@@ -83,13 +83,13 @@ def test_training_sees_the_latents_of_the_sampler(trained, tmp_path, monkeypatch
         return t
 
     monkeypatch.setattr(train_prior, "flow_matching_loss", loss)
-    objective = train_prior.PriorObjective(o, torch.nn.ModuleDict(dict(dit=model.dit)), model.vae)
+    objective = train_prior.PriorObjective(o, torch.nn.ModuleDict(dict(dit=model.dit)), model.vae, answer_len=2.5)
     objective(idx, torch.Generator().manual_seed(0))
     n_prompt = int((rows[0, 1] == chat.PROMPT).sum())
     known = n_prompt % 4
     assert known and n_prompt > 4
-    prompt, valid, block_size, _ = seen["rest"]
-    assert prompt.sum() == n_prompt and block_size == 4
+    prompt, valid, block_size, _, count = seen["rest"]
+    assert prompt.sum() == n_prompt and block_size == 4 and count == 2.5  # of latents with loss, the number expected
     assert valid.sum() == (rows[0, 1] != chat.PADDING).sum() > n_prompt
     history = []
     real = model.dit.forward

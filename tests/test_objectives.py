@@ -48,7 +48,8 @@ def reconstruction(vae, z0, idx, generator):
 def masked_view(vae, idx, generator):
     masked = torch.rand(idx.shape, generator=generator) < VAE_TERMS["mask_ratio"]
     z = draw(vae.encode(torch.where(masked, V, idx)), generator)  # V: the extra row of the embedding
-    return F.cross_entropy(vae.decode(z)[masked], idx[masked])
+    n_expected = VAE_TERMS["mask_ratio"] * idx.numel()
+    return F.cross_entropy(vae.decode(z)[masked], idx[masked], reduction="sum") / n_expected
 
 
 def test_stage_1_by_hand():
@@ -88,7 +89,7 @@ def flow_matching(dit, z, o, generator):
         layout = dit.layout(sequence.shape[1], "cpu", block_size=size)
         v = dit(sequence, each, torch.arange(sequence.shape[1])[None], layout)[:, b * size :]
         errors.append((v - (z1[:, block] - clean[:, block])).square().mean(-1)[~prompt])
-    return torch.cat(errors).mean()
+    return torch.cat(errors).sum() / (B * n * (1 - o.prompt_prob / 2))  # by the number expected
 
 
 PRIOR = dict(t_loc=-0.5, t_scale=0.8, prompt_prob=0.6, block_size=(BLOCK, 2), n_codes=0, self_conditioning=False)

@@ -15,6 +15,7 @@ import autoregressive
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+import torch.nn as nn
 from conftest import COMMON, PRIOR_SIZE, ROOT, VAE_SIZE, call, losses, run
 from safetensors.torch import load_file
 
@@ -31,7 +32,7 @@ from measure import judge
 from released_format import load_dit, load_vae
 from train_vae import Options, VAEObjective
 from training import Run, saved_options
-from vae import TextVAE, VAEConfig, token_accuracy
+from vae import Posterior, TextVAE, VAEConfig, masked_view_loss, token_accuracy
 
 STATE = "shard-00001-model-00001-of-00001.safetensors"  # of a run with one process, in training/<step>
 
@@ -231,8 +232,10 @@ def test_training_starts_from_a_model(trained, text, tmp_path, monkeypatch):
     assert losses(tmp_path / "train_vae")[0]["held_out"] == pytest.approx(wanted, abs=1e-5)
     o = train_prior.Options(batch_size=4, seq_len=32, precision="fp32", block_size=(dit.config.block_size,))
     objective = train_prior.PriorObjective(o, torch.nn.ModuleDict(dict(dit=dit)), vae)
-    wanted = training.held_out_loss(objective, corpus.held_out(32), o, 4, block_size=dit.config.block_size)
-    assert losses(tmp_path / "train_prior")[0]["held_out"] == pytest.approx(wanted, abs=1e-5)
+    first = losses(tmp_path / "train_prior")[0]
+    for size in (1, 2, 4):  # those of the source
+        wanted = training.held_out_loss(objective, corpus.held_out(32), o, 4, block_size=size)
+        assert first[f"held_out_{size}"] == pytest.approx(wanted, abs=1e-5)
     call(train_vae.main, f"--data new.txt {VAE_SIZE} --vocab-size 300 {steps} --out anew", monkeypatch, tmp_path)
     ours, anew = (losses(tmp_path / name)[-1]["held_out"] for name in ("train_vae", "anew"))
     assert ours < anew - 0.1
@@ -331,6 +334,45 @@ def test_prepared_text_through_both_stages(text, tmp_path, monkeypatch, capsys):
     call(train_prior.main, f"{following} {PRIOR_SIZE} {COMMON} --steps 2", monkeypatch, tmp_path)
 
 
+@pytest.mark.parametrize("rows", [1, 4, 32])
+def test_masked_views_count_the_same_however_a_batch_is_cut(rows):
+    """Parts of 32 rows of 32 tokens, of which 2 % are masked: some parts have none, and none weighs more for it."""
+    vae, idx = TextVAE(VAEConfig(vocab_size=20, dim=8, ffn_dim=8, n_head=2, latent_dim=2)), torch.zeros(32, 32).long()
+    scored = []
+
+    def log_likelihood(z, idx, where):
+        scored.append(int(where.sum()))
+        return torch.full((scored[-1],), -2.0)
+
+    vae.log_likelihood = log_likelihood
+    draws = [torch.Generator().manual_seed(i) for i in range(32 // rows)]
+    parts = [masked_view_loss(vae, part, 0.02, g) for part, g in zip(idx.split(rows), draws, strict=True)]
+    assert torch.stack(parts).mean().item() == pytest.approx(2 * sum(scored) / (0.02 * 32 * 32))
+    assert sum(scored) > 8
+
+
+def test_latents_count_the_same_however_a_batch_is_cut():
+    dit = DiT(DiTConfig(latent_dim=3, dim=16, n_head=2, head_dim=8, rope_dim=4, n_layer=1, block_size=4))
+    nn.init.normal_(dit.txt_out.proj.weight)
+    z0, z1, t = torch.randn(4, 8, 3), torch.randn(4, 8, 3), torch.rand(4)
+    prompt = torch.arange(8) < torch.tensor([[0], [3], [6], [7]])  # answers of different lengths
+    n = int((~prompt).sum())
+    whole = flow_matching_loss(dit, z0, z1, t, prompt)  # by their number
+    for rows in (1, 2):
+        parts = zip(*(x.split(rows) for x in (z0, z1, t, prompt)), strict=True)
+        mean = torch.stack([flow_matching_loss(dit, *part, count=n * rows / 4) for part in parts]).mean()
+        torch.testing.assert_close(mean, whole)
+
+
+@pytest.mark.parametrize("log_snr, n_warnings", [(0.4, 1), (0.6, 0)])
+def test_latents_that_drown_in_their_noise_are_reported(text, tmp_path, monkeypatch, capsys, log_snr, n_warnings):
+    monkeypatch.setattr(Posterior, "log_snr", lambda self: torch.tensor(log_snr))
+    arguments = f"--data {text} --vocab-size 300 {VAE_SIZE} {COMMON} --steps 4 --eval-every 1 --warmup 1"
+    call(train_vae.main, arguments, monkeypatch, tmp_path)
+    output = capsys.readouterr().out
+    assert output.count("warning: the noise of the latents drowns them (log_snr 0.40): lower") == n_warnings
+
+
 def test_passes_add_up_to_the_whole_batch(text, tmp_path, monkeypatch):
     """With a loss that draws nothing at random, one step in four passes is one step in one pass."""
 
@@ -392,6 +434,7 @@ def test_help_lists_every_option_with_its_default(script, tmp_path):
         ("train_vae.py", "--out {trained}/runs/vae --resume --lr 0.5", "goes on with --lr 0.002"),
         ("train_vae.py", "--data {text} --dim 33", "dim 33 must be a multiple of"),
         ("train_vae.py", "--data {text} --seq-len 30 --patch-size 4", "--seq-len 30 must be a multiple of block_size"),
+        ("train_vae.py", "--data {text} --vae-part decoder", "leaves the rest as it is, which takes a model"),
         ("train_prior.py", "--vae nowhere", "nowhere/cola_vae/config.json does not exist"),
         ("train_prior.py", "--vae {trained}/runs/vae --out {trained}/runs/cola", "already holds files"),
         ("train_prior.py", "--vae {trained}/runs/vae --dim 36", "--dim 36 must be a multiple of 4 times --n-head 2"),
@@ -510,8 +553,8 @@ def test_nothing_in_a_run_is_executed(trained):
 
 def test_a_folder_has_one_run_at_a_time(text, tmp_path):
     """The lock ends with its process, however that ends."""
-    code = "import sys, time; sys.path.insert(0, sys.argv[1]); from train_vae import Options; from training import Run; "
-    code += "Run(Options(out=sys.argv[2]), set()); print('locked', flush=True); time.sleep(60)"
+    code = "import sys, time; sys.path.insert(0, sys.argv[1]); from train_vae import Options; from training import Run"
+    code += "; Run(Options(out=sys.argv[2]), set()); print('locked', flush=True); time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-c", code, ROOT, tmp_path / "out"], stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "locked\n"
     for resume in (False, True):
