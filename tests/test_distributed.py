@@ -164,6 +164,38 @@ def test_what_two_began_and_one_left_a_single_one_finishes(alone, tmp_path, monk
     assert same_run(tmp_path / "out", alone / "adamw-prior")
 
 
+def never_better_than_at_the_start(rank=0):
+    training.Run.is_best = lambda self: self.log[-1]["step"] == 0
+
+
+def test_sharded_training_goes_on_after_an_evaluation_that_exports_nothing(alone, tmp_path, monkeypatch):
+    """Evaluation gathers weights, and nothing but training, which the average never has, or an export shares them out
+    again."""
+    arguments = f"--vae {alone}/adamw-vae {PRIOR} --optimizer adamw --micro-batch 2 --eval-every 1 --save-every 100"
+    codes, output = processes(
+        train_prior.main, f"{arguments} --fsdp --out two", tmp_path, never_better_than_at_the_start
+    )
+    assert codes == [0, 0], output
+    monkeypatch.setattr(training.Run, "is_best", lambda self: self.log[-1]["step"] == 0)
+    call(train_prior.main, f"{arguments} --out one", monkeypatch, tmp_path)
+    assert same_run(tmp_path / "two", tmp_path / "one")
+
+
+def signal_to_the_second(rank):
+    if rank == 1:
+        note = lambda *args: os.kill(os.getpid(), signal.SIGTERM) or step(*args)  # noqa: E731
+        step = training.optimizer_step
+        training.optimizer_step = stopping(step, 3, note)
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(alone, tmp_path, monkeypatch):
+    arguments = f"--vae {alone}/adamw-vae {PRIOR} --optimizer adamw --micro-batch 2 --out out"
+    codes, output = processes(train_prior.main, arguments, tmp_path, signal_to_the_second)
+    assert codes == [128 + signal.SIGTERM] * 2 and "stopped after step 4; go on with" in output[0]
+    call(train_prior.main, "--resume --out out", monkeypatch, tmp_path)
+    assert same_run(tmp_path / "out", alone / "adamw-prior")
+
+
 @pytest.mark.parametrize("micro_batch", ["--micro-batch 2", ""])
 def test_what_one_began_two_finish(alone, tmp_path, monkeypatch, micro_batch):
     """Without --micro-batch each has half of a batch at once, and other random numbers."""

@@ -215,6 +215,25 @@ def test_the_best_model_on_held_out_text_is_what_is_kept(text, tmp_path, monkeyp
     assert all(torch.equal(best[name], four[name]) for name in best)
 
 
+def test_a_run_resumed_between_evaluations_keeps_the_best_model(text, tmp_path, monkeypatch):
+    """Stopped after step 3, when step 2 was the best: no weights are exported that were not evaluated."""
+    monkeypatch.setattr(train_vae, "held_out_loss", lambda *args: next(script))
+    start = f"--data {text} --vocab-size 300 {VAE_SIZE} {COMMON} --steps 6 --eval-every 2 --save-every 3"
+    script = iter([3.0, 1.0, 2.0, 2.0])
+    call(train_vae.main, f"{start} --out whole", monkeypatch, tmp_path)
+    script, step = iter([3.0, 1.0]), training.optimizer_step
+    steps = iter([step] * 3)
+    monkeypatch.setattr(training, "optimizer_step", lambda *args: next(steps)(*args))
+    with pytest.raises(StopIteration):
+        call(train_vae.main, f"{start} --out out", monkeypatch, tmp_path)
+    monkeypatch.setattr(training, "optimizer_step", step)
+    script = iter([2.0, 2.0])
+    call(train_vae.main, "--resume --out out", monkeypatch, tmp_path)
+    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
+    ours, whole = (weights(tmp_path / name, "cola_vae") for name in ("out", "whole"))
+    assert all(torch.equal(ours[name], whole[name]) for name in whole)
+
+
 real_rate = training.learning_rate
 
 
