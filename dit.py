@@ -1,7 +1,7 @@
 """The block-causal DiT: the velocity field of the latent prior (stage 2 of Cola DLM).
 
-v_psi(z_t, t) says where a partly noised latent moves (Eq. 2.1.2): z1 ~ N(0, I) at t = 1 flows to the data z0 at t = 0.
-Attention is bidirectional inside a block of latents and causal across blocks (Eq. 2.1.4), so that a block is generated
+v_psi(z_t, t) says where a partly noised latent moves (Eq. 3.2): z1 ~ N(0, I) at t = 1 flows to the data z0 at t = 0.
+Attention is bidirectional inside a block of latents and causal across blocks (Eq. 3.3), so that a block is generated
 as a whole, given the finished blocks before it.  Tokens never appear here.
 
 The time enters through adaLN-Zero: every block has its LayerNorms shifted and scaled, and its two branches gated, by

@@ -4,7 +4,7 @@ Data sit at t = 0 and noise at t = 1 (several other libraries have it the other 
 
     z_t = (1 - t) z0 + t z1,    z1 ~ N(0, I),    velocity v = dz/dt = z1 - z0
 
-so generation integrates the velocity from t = 1 down to t = 0 (Eq. 2.1.2).  The network is shown 1000 t: its sines and
+so generation integrates the velocity from t = 1 down to t = 0 (Eq. 3.2).  The network is shown 1000 t: its sines and
 cosines have the wavelengths of diffusion models with 1000 steps, and between 0 and 1 most of them would hardly move.
 """
 
@@ -40,7 +40,7 @@ def simulated_prompts(B, n, block_size, probability, generator=None, device=None
 
 
 def flow_matching_loss(dit, z0, z1, t, prompt=None, valid=None, block_size=None, code_weight=0.0, count=None):
-    """L_FM of all blocks in one pass (stage 2, last term of Eq. 2.2.3).
+    """L_FM of all blocks in one pass (stage 2, Eq. 3.7).
 
     z0 (B, n, d) clean latents; z1 (B, n, d) noise; t: a time for every row, (B,), or every block, (B, n_blocks).
     prompt: bool (B, n), latents that stay clean and carry no loss; valid: bool (B, n), False on padding, which carries

@@ -1,4 +1,4 @@
-"""Stage 2: train the latent prior by flow matching (Eq. 2.2.3), with the VAE frozen or, with --joint, trained along.
+"""Stage 2: train the latent prior by flow matching (Eq. 3.18), with the VAE frozen or, with --joint, trained along.
 
     python train_prior.py                            # on the VAE of runs/vae and the text it was trained on
     python train_prior.py --vae runs/mine --out runs/mine-cola
@@ -76,9 +76,9 @@ PRESETS = {  # "small" is what stands above
     "2b": dict(
         dim=2048, n_head=16, n_layer=24, block_size=(16,), n_codes=0, self_conditioning=False,
         block_times=False, joint=True,
-        batch_size=1408, micro_batch=16, seq_len=512, steps=200_000, save_every=1000,
+        batch_size=1408, micro_batch=16, seq_len=512, steps=1_000_000, save_every=1000,  # released: step 300,000
         optimizer="adamw", lr=1.5e-4, final_lr=1e-5, warmup=5000, decoder_noise=0.0, checkpointing=True, decay=1.0,
-        ema=0.9999,  # not the paper's, which does not mention one
+        ema=0.0,  # the paper evaluates the weights themselves
     ),
 }  # fmt: skip
 CHAT_BLOCKS = (16, 16, 16, 8, 8, 8, 4, 4, 4, 1)  # the shares of the released tuning, for models with blocks of 16
@@ -129,7 +129,7 @@ class PriorObjective(nn.Module):
         if not o.joint:
             return fm, {}
 
-        # Joint training (Eq. 2.2.3).  In the VAE's KL, the prior has taken the place of N(0, I): of the two parts of
+        # Joint training (Eq. 3.18).  In the VAE's KL, the prior has taken the place of N(0, I): of the two parts of
         # KL(q || prior), the cross-entropy is what L_FM stands for, and the posterior's entropy remains: without it the
         # posterior would shrink to a point, which is the easiest to predict.
         reconstruction = reconstruction_loss(vae, z, idx, o.decoder_noise, generator)  # or z0 may forget the text

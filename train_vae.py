@@ -1,4 +1,4 @@
-"""Stage 1: train the Text VAE (Eq. 2.2.1).
+"""Stage 1: train the Text VAE (Eq. 3.16).
 
     python train_vae.py                              # names of Unicode characters, seconds on a CPU
     python train_vae.py --data my_texts/ --out runs/mine
@@ -71,7 +71,7 @@ PRESETS = {  # "small" is what stands above
 
 
 class VAEObjective(nn.Module):
-    """The stage-1 objective (Eq. 2.2.1) as a forward pass, because DDP and FSDP hook into that."""
+    """The stage-1 objective (Eq. 3.16) as a forward pass, because DDP and FSDP hook into that."""
 
     def __init__(self, o, vae):
         super().__init__()

@@ -1,7 +1,7 @@
 """What the two transformers of Cola DLM have in common: one mask, one cache, one attention call.
 
 A text is cut into blocks of `block_size` latents.  Attention is bidirectional inside a block and causal across blocks
-(Eq. 2.1.4), in the VAE (vae.py) as in the prior (dit.py).  That is what lets a model with a key/value cache go through
+(Eq. 3.3), in the VAE (vae.py) as in the prior (dit.py).  That is what lets a model with a key/value cache go through
 a text block by block.
 """
 

@@ -4,7 +4,7 @@ The encoder q_phi(z0 | x) turns every patch of tokens into one diagonal Gaussian
 a block of latents and names all its tokens at once.  Whatever concerns tokens and spelling lives in this file; the
 prior (dit.py) only ever sees latents.
 
-Stage 1 minimises (Eq. 2.2.1)
+Stage 1 minimises (Eq. 3.16)
 
     -log p(x | z0) + beta KL(q(z0 | x) || N(0, I)) + mask_weight L_mask          z0 ~ q(z0 | x)
 

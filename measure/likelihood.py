@@ -1,6 +1,6 @@
 """How likely is a text?  log p(x) bounded from below, and the density of the prior's flow behind it.
 
-    log p(x)  >=  E_q [ log p(x | z0) + log p(z0) - log q(z0 | x) ]          ELBO; the paper's Eq. 2.2.4 to 2.2.6
+    log p(x)  >=  E_q [ log p(x | z0) + log p(z0) - log q(z0 | x) ]          ELBO; the paper's Eq. 3.19 to 3.21
 
 docs/evaluation.md says how far the figures can be trusted.
 """
