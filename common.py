@@ -188,7 +188,11 @@ def check_sizes(config):
 
 
 def run_script(main):
-    """Call main(); a user's mistake (ValueError, OSError) becomes one line on stderr and exit code 2."""
+    """Call main(); a user's mistake (ValueError, OSError) becomes one line on stderr and exit code 2, and a character
+    that the terminal lacks its code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
         if dist.is_initialized():

@@ -132,7 +132,7 @@ class Table:
         before = self.earlier.get(name, {}).get("ms")
         print(f"{name:44} {shown}" + (f"  x {values['ms'] / before:.2f} of before" if before else ""), flush=True)
         with common.replacing(self.file) as temporary:
-            temporary.write_text(json.dumps(self.about | dict(figures=self.figures), indent=2) + "\n")
+            temporary.write_text(json.dumps(self.about | dict(figures=self.figures), indent=2, allow_nan=False) + "\n")
 
 
 def median_time(name, function, device, repeats):

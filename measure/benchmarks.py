@@ -31,7 +31,8 @@ from processes import collect, first_process_first, n_processes, rank
 # Prompts
 
 
-RELEASED = dict(repetition_penalty=1.1, seed=66, limit=1000)  # options of its script where the paper says other things
+# Options of the released script where the paper says other things; eos_id -1 is that of the tokenizer.
+RELEASED = dict(repetition_penalty=1.1, seed=66, limit=1000, eos_id=(-1, 100265))
 
 
 @dataclass
@@ -39,6 +40,7 @@ class Task:
     form: str  # of one question; the answer follows
     examples: str = ""  # what stands before it: worked examples
     by_choice: bool = False  # whether an answer counts that names the right choice by its letter or in similar words
+    first_label: int | None = None  # of the choices, where data sets number the right one: 0 or 1
 
     @property
     def fields(self):
@@ -108,6 +110,7 @@ Context: Two children build a tower of wooden blocks. The tower
 Answer: gets too tall and falls over.
 
 """,
+        first_label=0,
     ),
     race=Task(
         "Article: {context} {question}\nOptions:\n{choices}\nAnswer:",
@@ -150,6 +153,7 @@ Answer: they will dry out
 
 """,
         by_choice=True,
+        first_label=1,
     ),
     squad=Task(
         "Context: {context}\nQuestion: {question}\nAnswer:",
@@ -174,6 +178,7 @@ Story: Paul studied every evening for the test. He slept well the night before. 
 End: He got a good grade.
 
 """,
+        first_label=1,
     ),
 )
 
@@ -198,6 +203,7 @@ def prompt_of(task, line, one_example=False):
 # Scoring
 
 ALIKE = 0.9  # similarity from which a text counts as a choice misspelt
+BREAKS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"  # what ends a line for str.splitlines, and for the released scorer
 
 
 def is_correct(task, generated, answer, choices=()):
@@ -205,7 +211,7 @@ def is_correct(task, generated, answer, choices=()):
 
     LAMBADA: the first word is the answer's.  Tasks by_choice: the text names the same choice as the answer.  All tasks:
     the whole line is the answer.  Case, punctuation and spaces never count."""
-    text = re.match(r"(?:\W*\w[^\n]*)?", generated)[0] or generated
+    text = re.match(rf"(?:\W*\w[^{BREAKS}]*)?", generated)[0] or generated
     if plain(text) == plain(answer):
         return True
     if task is TASKS["lambada"]:
@@ -217,6 +223,18 @@ def is_correct(task, generated, answer, choices=()):
     announced = re.search(r"\b(?:final\s+)?answer\b\s*(?:is|[=:：])?\s*(.+)$", text.strip(), re.I)
     found = choice_of(announced[1] if announced else text.strip(), choices)
     return wanted is not None and wanted == (choice_of(text, choices) if found is None else found)
+
+
+def number_of(task, answer, choices):
+    """Which of the choices the answer of a line is: by its text or, where the task has that, by letter or number.
+    None if it is none of them."""
+    if answer in choices:
+        return choices.index(answer)
+    label = int(answer) - task.first_label if task.first_label is not None and answer.strip().isdecimal() else -1
+    if 0 <= label < len(choices):
+        return label
+    same = [i for i, choice in enumerate(choices) if plain(choice) == plain(answer)]
+    return choice_of(answer, choices) if task.by_choice else same[0] if same else None
 
 
 def plain(text):
@@ -255,9 +273,9 @@ def choice_of(text, choices):
 # Files
 
 
-def read_lines(file, needed, without_prompt=()):
+def read_lines(file, task, needed, without_prompt=()):
     """The objects of a JSONL file.  needed: what each must hold; without_prompt: what else, if it has no prompt.
-    Raises ValueError that names file and line."""
+    An answer that is the number of a choice becomes its text.  Raises ValueError that names file and line."""
     lines, first = [], {}
     for number, line in numbered_objects(file):
         where = f"{file} line {number}"
@@ -276,8 +294,14 @@ def read_lines(file, needed, without_prompt=()):
             raise ValueError(f"{where}: choices is not a list of strings")
         if "choices" in wanted and not 1 <= len(choices) <= 26:
             raise ValueError(f"{where}: there must be 1 to 26 choices, not {len(choices)}")
+        if choices and "choices" in task.fields:
+            right = number_of(task, line["answer"], choices)
+            if right is None:
+                raise ValueError(f"{where}: the answer {line['answer'][:40]!r} is none of the choices")
+            if line["answer"].strip().isdecimal():
+                line["answer"] = choices[right]
         if "id" in wanted:
-            if not isinstance(line["id"], (int, str)):
+            if type(line["id"]) not in (int, str):
                 raise ValueError(f"{where}: id is neither a number nor a string")
             if first.setdefault(line["id"], number) != number:
                 raise ValueError(f"{where} has the id of line {first[line['id']]}")
@@ -304,7 +328,7 @@ def open_tasks(text, folder, limit, ranking):
         if ranking and "choices" not in task.fields:
             raise ValueError(f"{name} has no choices to rank")
         needed = ["id", "answer"] + ["choices"] * (task.by_choice or ranking)
-        jobs[name] = read_lines(Path(folder) / f"{name}.jsonl", needed, task.fields)[: limit or None]
+        jobs[name] = read_lines(Path(folder) / f"{name}.jsonl", task, needed, task.fields)[: limit or None]
     return jobs
 
 
@@ -344,7 +368,7 @@ def run(model, jobs, out, settings, batch_size, ranking=None, one_example=False)
                     with open(file, "a", encoding="utf-8") as f:
                         for line, result in zip(batch, found, strict=True):
                             row = line | dict(prompt=prompts[line["id"]]) | result
-                            f.write(json.dumps(row | verdict(name, row)) + "\n")
+                            f.write(json.dumps(row | verdict(name, row), allow_nan=False) + "\n")
                 bar.update(len(batch))
         if rank() == 0:
             done = finished(file)
@@ -355,11 +379,14 @@ def run(model, jobs, out, settings, batch_size, ranking=None, one_example=False)
 
 
 def ranked(model, prompt, line, row_id, options):
-    """The likeliest choice after the prompt, and log p(choice | prompt) in nats of all."""
+    """The likeliest choice after the prompt, and log p(choice | prompt) in nats of all.  Raises ValueError if one is
+    not finite."""
     choices = line["choices"]
-    answers = [" " + choice for choice in choices]
+    answers = [" " * (not prompt[-1:].isspace()) + choice for choice in choices]  # one space between
     same = [row_id] * len(choices)  # the same noise for all
     scores = conditional_log_prob(model, [prompt] * len(choices), answers, row_ids=same, **options).tolist()
+    if not all(map(math.isfinite, scores)):
+        raise ValueError(f"the likelihood of line {line['id']!r} is not finite: {scores}")
     return dict(generate=choices[scores.index(max(scores))], scores=scores)
 
 
@@ -371,7 +398,10 @@ def finished(file):
     if rest:
         with replacing(file) as temporary:
             temporary.write_bytes(b"".join(row + b"\n" for row in whole))
-    return {row["id"]: row for row in map(json.loads, whole)}
+    try:
+        return {row["id"]: row | dict(correct=bool(row["correct"])) for row in map(json.loads, whole)}
+    except (ValueError, LookupError, TypeError):
+        raise ValueError(f"{file} is damaged: choose another --out") from None
 
 
 def score_files(files, name, out):
@@ -383,7 +413,7 @@ def score_files(files, name, out):
         if others:
             raise ValueError(f"--tasks {name}: with --score it says which one task the files are of")
         needed = ["generate", "answer"] + ["choices"] * TASKS[task].by_choice
-        lines = read_lines(file, needed)
+        lines = read_lines(file, TASKS[task], needed)
         rows.append(summary_row(task, [verdict(task, line)["correct"] for line in lines]))
         known = [line["correct"] == verdict(task, line)["correct"] for line in lines if "correct" in line]
         if known:
@@ -394,7 +424,12 @@ def score_files(files, name, out):
 
 
 def verdict(name, line):
-    return dict(correct=is_correct(TASKS[name], line["generate"], line["answer"], line["choices"]))
+    """Of a generated text or, where the choices have scores, of the best of them: by its number, not by its text."""
+    task, choices = TASKS[name], line["choices"]
+    if "scores" in line:
+        best = line["scores"].index(max(line["scores"]))
+        return dict(correct=best == number_of(task, line["answer"], choices))
+    return dict(correct=is_correct(task, line["generate"], line["answer"], choices))
 
 
 def summary_row(name, correct):
@@ -404,7 +439,7 @@ def summary_row(name, correct):
 
 def write_summary(rows, out):
     with replacing(out / "summary.json") as temporary:
-        temporary.write_text(json.dumps(rows, indent=2) + "\n")
+        temporary.write_text(json.dumps(rows, indent=2, allow_nan=False) + "\n")
     with replacing(out / "summary.csv") as temporary, open(temporary, "w", newline="") as f:
         writer = csv.DictWriter(f, rows[0])
         writer.writeheader()

@@ -21,7 +21,8 @@ from common import fail, option, parse_options, run_script
 from data import micro_batch_size
 from dit import TIME_CHANNELS, DiT, DiTConfig
 from flow import clean_length
-from released_format import load_vae_config
+from released_format import load_dit_config, load_vae_config
+from training import adopt
 from vae import MAX_LOGITS, TextVAE, VAEConfig
 
 PEAK = 989e12  # bf16 FLOP/s of an H100, for orientation
@@ -158,13 +159,18 @@ class PriorOptions(Budget, train_prior.Options):
 def main():
     stage, argv = (sys.argv[1:2] or [""])[0], sys.argv[2:]
     if stage == "vae":
-        o, _ = parse_options(VAEOptions, __doc__, train_vae.PRESETS, argv)
-        report(o, train_vae.vae_config(o))
+        o, given = parse_options(VAEOptions, __doc__, train_vae.PRESETS, argv)
+        o = adopt(o, given, load_vae_config(o.init)) if o.init else o
+        report(o, load_vae_config(o.init) if o.init else train_vae.vae_config(o))
     elif stage == "prior":
         o, given = parse_options(PriorOptions, __doc__, train_prior.PRESETS, argv)
+        if o.chat:
+            raise ValueError("--chat: conversations as long as --seq-len cost what a text does; leave it out")
+        o = adopt(o, given, load_dit_config(o.init), free=("block_size", "t_loc")) if o.init else o
         o.n_codes = 0 if o.joint else o.n_codes  # as train_prior.py has it
-        vae = VAEConfig() if o.preset == "2b" and "vae" not in given else load_vae_config(o.vae)
-        report(o, vae, train_prior.dit_config(o, vae))
+        o.vae = o.init if o.init and "vae" not in given else o.vae
+        vae = VAEConfig() if o.preset == "2b" and not given & {"vae", "init"} else load_vae_config(o.vae)
+        report(o, vae, load_dit_config(o.init) if o.init else train_prior.dit_config(o, vae))
     else:
         fail("name the stage: python -m measure.budget vae, or prior, then its options")
 

@@ -25,9 +25,7 @@ from tqdm import tqdm
 import data
 from cola import RELEASED, ColaDLM
 from common import (
-    DTYPE_HELP,
-    DTYPES,
-    SamplingOptions,
+    TextOptions,
     check_new,
     flag,
     option,
@@ -79,6 +77,8 @@ class Report:
 
     def add(self, section, name, estimate, n, unit, x=None):
         """estimate: (value, standard error) from `jackknife`; two tensors, if x names the points of a curve."""
+        if not all(tensor.isfinite().all() for tensor in estimate):
+            raise ValueError(f"{section}, {name}: not finite, {estimate[0]}; the weights are damaged or too large")
         value, error = (tensor.tolist() for tensor in estimate)
         entry = dict(value=value, se=error, n=n, unit=unit) | ({} if x is None else dict(x=x))
         if section not in self.sections:
@@ -92,7 +92,8 @@ class Report:
             print(f"  {name}, each ± {max(error):.4f} or less {unit} (n = {n})", *lines, sep="\n      ")
         if rank() == 0:
             with replacing(self.folder / "report.json") as temporary:
-                temporary.write_text(json.dumps(self.about | dict(sections=self.sections), indent=2) + "\n")
+                content = self.about | dict(sections=self.sections)
+                temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def in_batches(function, *tensors, batch_size=32):
@@ -414,14 +415,13 @@ CONTEXT = 16  # tokens before each held-out sequence that the n-gram judge reads
 DIAGNOSTICS_ONLY = ("sections", "num_sequences", "seq_len", "likelihood_sequences", "read_times", "plot")
 LIKELIHOOD_ONLY = ("samples", "ode_steps", "exact", "rank_time")  # of the diagnostics and of --rank
 BENCHMARKS_ONLY = ("max_new_tokens", "task_data", "rank", "rank_time", "dtype", "compile", "limit", "batch_size")
-BENCHMARKS_ONLY += ("protocol",)
+BENCHMARKS_ONLY += ("protocol", "pad_id", "eos_id")
 
 
 @dataclass
-class Options(SamplingOptions):
+class Options(TextOptions):  # whose dtype and ids are for the benchmarks
     model: str = option("runs/cola", "folder in the released format")
     out: str = option("", "folder of all results; default runs/evaluation, with --tasks runs/benchmarks")
-    device: str = option("auto", "auto, cpu, cuda, mps")
     # diagnostics
     data: str = option("", "folder of the training and held-out tokens; nothing: those of the model's run")
     sections: tuple = option(SECTIONS, f"which diagnostics: {' '.join(SECTIONS)}")
@@ -438,7 +438,6 @@ class Options(SamplingOptions):
     task_data: str = option("benchmarks", "folder of task.jsonl files")
     rank: bool = option(False, "choose the likeliest of the choices instead of generating")
     rank_time: float = option(0.0, "with --rank: when the decoder reads (likelihood.log_weights)", low=0.0, high=0.99)
-    dtype: str = option("auto", "benchmarks: " + DTYPE_HELP, choices=DTYPES)
     protocol: str = option("paper", "benchmarks: paper, or released (benchmarks.py)", choices=("paper", "released"))
     compile: bool = option(False, "benchmarks: compile a step of the solver, as in sample.py")
     limit: int = option(0, "only so many lines of each task; 0: all", low=0)
@@ -464,7 +463,8 @@ def main():
     device = join_processes(pick_device(o.device))
     if o.tasks:
         if o.protocol == "released":
-            released = {name: value for name, value in benchmarks.RELEASED.items() if name not in given}
+            released = benchmarks.RELEASED | (dict(dtype="autocast") if device.type == "cuda" else {})
+            released = {name: value for name, value in released.items() if name not in given}
             o, given = replace(o, **released), given | set(released)
         jobs = benchmarks.open_tasks(o.tasks, o.task_data, o.limit, o.rank)  # the model takes longer to load
     dtype, amp = sampling_precision(o.dtype, device) if o.tasks else (torch.float32, None)
@@ -516,17 +516,16 @@ def run_tasks(model, jobs, o, given):
         ranking = dict(n_samples=n_samples, steps=o.ode_steps, read_time=o.rank_time, exact=o.exact, seed=o.seed)
     weights = [sorted(set(weight_files(Path(o.model) / part).values())) for part in ("cola_vae", "cola_dit")]
     weights = [zlib.crc32(file.open("rb").read(1 << 26)) for files in weights for file in files]  # of the first 64 MB
+    settings |= o.own_ids(model.tokenizer)
     about = dict(weights=weights, settings=settings, ranking=ranking, dtype=o.dtype, protocol=o.protocol)
     file = Path(o.out) / "settings.json"
     with first_process_first():
         if not file.exists():
             check_new(o.out, "choose another --out")
             with replacing(file) as temporary:
-                temporary.write_text(json.dumps(about, indent=2) + "\n")
+                temporary.write_text(json.dumps(about, indent=2, allow_nan=False) + "\n")
         elif json.loads(file.read_text()) != about:
             raise ValueError(f"{o.out} holds results of another model or with other options: choose another --out")
-    eos_id = model.tokenizer.eot_token
-    settings |= dict(eos_id=eos_id)
     benchmarks.run(model, jobs, Path(o.out), settings, o.batch_size, ranking, one_example=o.protocol == "released")
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import call
+from conftest import ROOT, call
 from test_models import small_dit, small_vae
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -39,6 +39,12 @@ def test_budget_from_the_command_line(tmp_path, monkeypatch, capsys):
     assert "2,331,747,302" in lines and "tokens per step        720,896; 5,632" in lines
     call(budget.main, "vae", monkeypatch, tmp_path)
     assert list(tmp_path.iterdir()) == []
+    capsys.readouterr()
+    for stage, n in (("prior", "4,410,528"), ("vae", "640,320")):  # the sizes of the source, not the defaults
+        call(budget.main, f"{stage} --init {ROOT}/pretrained", monkeypatch, tmp_path)
+        assert n in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--chat: .* leave it out"):
+        call(budget.main, f"prior --init {ROOT}/pretrained --chat x.jsonl", monkeypatch, tmp_path)
     with pytest.raises(ValueError, match="--batch-size 1408 must be a multiple of --micro-batch 16 times 64 devices"):
         call(budget.main, "prior --preset 2b --devices 64", monkeypatch, tmp_path)
     with pytest.raises(SystemExit):

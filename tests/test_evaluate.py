@@ -10,7 +10,7 @@ from conftest import call
 import common
 import data
 from cola import ColaDLM
-from measure import evaluate
+from measure import benchmarks, evaluate
 from measure.benchmarks import TASKS, is_correct, prompt_of
 from measure.evaluate import bleu, energy_distance, frechet_distance, jackknife, ngram_matches, rouge_l
 from measure.likelihood import conditional_log_prob
@@ -135,6 +135,57 @@ def test_verdicts_of_other_tasks():
         assert not is_correct(TASKS[name], " he is growing vegetables", "growing vegetables", CHOICES)
 
 
+@pytest.mark.parametrize("end", "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029")
+def test_a_line_ends_where_splitlines_ends_it(end):
+    assert len(f"a{end}b".splitlines()) == 2 and is_correct(TASKS["squad"], f" the sea{end}Question:", "the sea")
+
+
+def test_the_right_choice_is_known_by_its_number():
+    def right(name, answer, choices):
+        return benchmarks.number_of(TASKS[name], answer, choices)
+
+    signs = ["1", "-1", "0"]
+    assert [right("mmlu", sign, signs) for sign in signs] == [0, 1, 2]
+    row = dict(generate="", choices=signs, answer="1", scores=[-3.0, -2.0, -5.0])
+    assert benchmarks.verdict("mmlu", row) == dict(correct=False)  # as texts without punctuation, 1 and -1 are the same
+    assert benchmarks.verdict("mmlu", row | dict(answer="-1")) == dict(correct=True)
+    assert [right("hellaswag", i, ["x", "y", "z", "w"]) for i in "0134"] == [0, 1, 3, None]
+    assert [right("siqa", i, ["x", "y", "z"]) for i in "0123"] == [None, 0, 1, 2]
+    assert right("mmlu", "B", ["x", "y"]) == 1 and right("story_cloze", "B", ["x", "y"]) is None
+
+
+def test_answers_that_are_numbers_become_texts(tmp_path):
+    lines = [dict(id=i, context="a", question="q", choices=["x", "y", "z"], answer=str(i)) for i in (1, 3, 4)]
+    write(tmp_path / "siqa.jsonl", lines[:2])
+    assert [line["answer"] for line in benchmarks.open_tasks("siqa", tmp_path, 0, False)["siqa"]] == ["x", "z"]
+    write(tmp_path / "siqa.jsonl", lines)
+    with pytest.raises(ValueError, match="siqa.jsonl line 3: the answer '4' is none of the choices"):
+        benchmarks.open_tasks("siqa", tmp_path, 0, False)
+
+
+def test_one_space_before_a_ranked_choice(monkeypatch):
+    asked = []
+
+    def log_prob(model, prompts, answers, **_):
+        asked.append(answers)
+        return torch.tensor([-2.0, score])
+
+    monkeypatch.setattr(benchmarks, "conditional_log_prob", log_prob)
+    score = -1.0
+    for prompt in ("Answer:", "Answer: "):
+        assert benchmarks.ranked(None, prompt, dict(id=1, choices=["x", "y"]), 0, {})["generate"] == "y"
+    assert asked == [[" x", " y"], ["x", "y"]]
+    score = float("nan")
+    with pytest.raises(ValueError, match="the likelihood of line 1 is not finite"):
+        benchmarks.ranked(None, "", dict(id=1, choices=["x", "y"]), 0, {})
+
+
+def test_no_figure_of_a_report_is_nan(tmp_path):
+    report = evaluate.Report(tmp_path, {})
+    with pytest.raises(ValueError, match="prior, loss: not finite"):
+        report.add("prior", "loss", (torch.tensor(float("nan")), torch.tensor(0.1)), 4, "")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The script
 
@@ -191,7 +242,8 @@ def test_the_released_protocol(trained, tmp_path, monkeypatch):
     asked = []
 
     def generate(self, prompts, **options):
-        asked.append((prompts[0], options["seed"], options["repetition_penalty"], options["max_new_tokens"]))
+        names = ("seed", "repetition_penalty", "max_new_tokens", "eos_id")
+        asked.append((prompts[0], *(options[name] for name in names)))
         return ["the"] * len(prompts)
 
     monkeypatch.setattr(ColaDLM, "generate", generate)
@@ -200,7 +252,9 @@ def test_the_released_protocol(trained, tmp_path, monkeypatch):
         call(evaluate.main, f"{start} {more} --out {name}", monkeypatch, tmp_path)
     examples = [prompt.count("Article:") - 1 for prompt, *_ in asked]
     assert examples == [2, 1, 1]
-    assert [rest for _, *rest in asked] == [[0, 1.0, 32], [66, 1.1, 32], [5, 1.1, 32]]
+    eot = data.open_tokens(trained / "runs" / "vae" / "data").tokenizer.eot_token
+    both = [eot, 100265]
+    assert [rest for _, *rest in asked] == [[0, 1.0, 32, [eot]], [66, 1.1, 32, both], [5, 1.1, 32, both]]
 
 
 def test_the_answer_of_released_files_is_called_ground_truth(tmp_path, monkeypatch, capsys):
@@ -242,6 +296,16 @@ def test_tasks_resume_and_do_not_depend_on_batches(trained, tmp_path, monkeypatc
     capsys.readouterr()
     call(evaluate.main, "--score three/lambada.jsonl --out scores", monkeypatch, tmp_path)
     assert "5 of 5 verdicts in the file are the same" in capsys.readouterr().out
+
+
+def test_a_damaged_file_of_generations(trained, tmp_path, monkeypatch):
+    write(tmp_path / "in" / "lambada.jsonl", [dict(id=1, context="a", answer="b")])
+    start = f"--model {trained}/runs/cola --tasks lambada --task-data in --max-new-tokens 4 {QUICK} --out out"
+    call(evaluate.main, start, monkeypatch, tmp_path)
+    for content in ("[1]\n", "{}\n", "nothing\n"):
+        (tmp_path / "out" / "lambada.jsonl").write_text(content)
+        with pytest.raises(ValueError, match="lambada.jsonl is damaged: choose another --out"):
+            call(evaluate.main, start, monkeypatch, tmp_path)
 
 
 def test_ranking_by_likelihood(trained, tmp_path, monkeypatch):

@@ -501,6 +501,13 @@ def snapshot(folder):
     return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
+def test_a_character_that_the_terminal_lacks_ends_nothing(trained, tmp_path, monkeypatch):
+    """In a real process, since this one has no such terminal."""
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    done = run("sample.py", f"--model {trained}/runs/cola --prompt ✓a --num-samples 2 --max-new-tokens 4", tmp_path)
+    assert done.returncode == 0 and done.stdout.count("\\u2713a") == 2, done.stderr
+
+
 def test_a_mistake_in_a_real_process(tmp_path):
     done = run("sample.py", "--model nowhere", tmp_path)
     assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
