@@ -3,7 +3,8 @@
     python train_prior.py --init pretrained --chat dialogues.jsonl --seq-len 64 --out runs/chat
     python chat.py --model runs/chat                  # "clear" begins anew, "quit" leaves
 
-A line of the .jsonl file is a list of messages, {"role": "user", "content": "..."} and so on.  What the model sees is
+A line of the .jsonl file is a list of messages, {"role": "user", "content": "..."} and so on, or an object with such a
+list as "messages".  What the model sees is
 
     User: <question>\\nAssistant: <answer><end of text>User: ...
 
@@ -63,7 +64,8 @@ def open_chats(files, tokenizer, seq_len, pad_id):
     Conversations are held out by a hash; if that leaves none on one side, both sides have all."""
     splits, n_long = ([], []), 0
     for file in files:
-        for number, messages in numbered_objects(file, list):
+        for number, messages in numbered_objects(file, (list, dict)):
+            messages = messages.get("messages") if isinstance(messages, dict) else messages
             side, ids = splits[zlib.crc32(str(messages).encode(errors="replace")) < HELD_OUT * 2**32], []
             for text, answer in turns(messages, f"{file} line {number}"):
                 ids += tokenizer.encode_ordinary(text)

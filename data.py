@@ -94,7 +94,8 @@ def text_pieces(file, separator):
 
 
 def numbered_objects(file, kind=dict):
-    """Yield number and object of every line of a JSONL file that is not blank; None in place of another kind."""
+    """Yield number and object of every line of a JSONL file that is not blank; None in place of another kind than this,
+    or these."""
     with open_text(file) as f:
         for number, line in enumerate(f, 1):
             if line.strip():

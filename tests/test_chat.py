@@ -35,6 +35,7 @@ def test_turns():
     "messages, message",
     [
         (None, "not a list of at least two messages"),
+        (dict(message=TURNS), "not a list of at least two messages"),
         (TURNS[:1], "not a list of at least two messages"),
         ([user("a"), user("b")], "user and assistant must take turns"),
         ([*TURNS, user("b")], "user and assistant must take turns"),
@@ -66,6 +67,14 @@ def test_rows(tmp_path, capsys):
     ]  # fmt: skip
     assert "1 answers are left out" in capsys.readouterr().out
     assert torch.equal(chat.random_rows(train, 5, 0, 1), chat.random_rows(train, 5, 0, 1))
+
+
+def test_a_conversation_may_stand_in_an_object(tmp_path):
+    tokenizer, rows = train_bpe(["hi ho"], 258), []
+    for i, line in enumerate([TURNS, dict(id=1, messages=TURNS)]):
+        (tmp_path / f"{i}.jsonl").write_text(json.dumps(line))
+        rows.append(chat.open_chats([tmp_path / f"{i}.jsonl"], tokenizer, 50, 7)[0].tolist())
+    assert rows[0] == rows[1]
 
 
 def test_training_sees_the_latents_of_the_sampler(trained, tmp_path, monkeypatch):
