@@ -40,10 +40,10 @@ def documents(source, separator=""):
     """Yield the documents of a corpus: source is a list of files, of folders, and of "names", a text that comes with
     Python (`unicode_names`).
 
-    .jsonl files hold one {"text": ...} a line; every other file is UTF-8 text, whose documents are separated by lines
-    that hold nothing but the separator, so by blank lines if that is empty.  Nothing is held in memory but the current
-    piece.  Other files of a folder than SUFFIXES are named on stderr.  Raises ValueError or FileNotFoundError for what
-    cannot be read."""
+    .jsonl files hold one {"text": ...} a line, in which half a surrogate pair becomes U+FFFD; every other file is UTF-8
+    text, whose documents are separated by lines that hold nothing but the separator, so by blank lines if that is
+    empty.  Nothing is held in memory but the current piece.  Other files of a folder than SUFFIXES are named on stderr.
+    Raises ValueError or FileNotFoundError for what cannot be read."""
     for name in source:
         if name in BUILT_IN:
             if Path(name).exists():
@@ -68,7 +68,10 @@ def documents(source, separator=""):
 
 @contextlib.contextmanager
 def open_text(file):
-    """The file as UTF-8 text, open for reading.  Raises ValueError with the number of the first line that is not."""
+    """The file as UTF-8 text, open for reading.  Raises ValueError with the number of the first line that is not, and
+    for a pipe or a device, which may have no end and cannot be read twice."""
+    if Path(file).exists() and not Path(file).is_file():
+        raise ValueError(f"{file} is not a regular file: copy what it gives into one")
     with open(file, encoding="utf-8-sig") as f:
         try:
             yield f
@@ -111,7 +114,7 @@ def jsonl_documents(file):
         text = None if content is None else content.get("text")
         if not isinstance(text, str):
             raise ValueError(f'{file} line {number} is not an object with a "text" string')
-        yield text
+        yield text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # as tiktoken does
 
 
 # Kinds of characters that are numbered, or named by a rule, hundreds or thousands at a time.

@@ -1,6 +1,7 @@
 """Documents, tokenizers and token files."""
 
 import json
+import os
 import unicodedata
 from collections import Counter
 from itertools import pairwise
@@ -110,6 +111,21 @@ def test_unusable_tokenizer_files(tmp_path, change):
 def test_unknown_tokenizer_name():
     with pytest.raises(ValueError, match="neither a tokenizer.json nor one of"):
         data.load_tokenizer("no-such-tokenizer")
+
+
+def test_half_a_surrogate_pair_is_replaced_where_it_is_read(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b \\ud83d\\ude42 \\udc00"}\n')
+    assert list(data.documents([tmp_path / "a.jsonl"])) == ["a\ufffdb \U0001f642 \ufffd"]
+
+
+def test_only_regular_files_are_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "real").write_text("one\n")
+    (tmp_path / "link.txt").symlink_to("real")
+    for name in (tmp_path / "pipe.txt", "/dev/zero", "/dev/null"):
+        with pytest.raises(ValueError, match=f"{name} is not a regular file"):
+            next(data.documents([name]))
+    assert list(data.documents([tmp_path])) == list(data.documents([tmp_path / "link.txt"])) == ["one\n"]
 
 
 def test_definitions():
