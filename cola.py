@@ -102,19 +102,24 @@ class ColaDLM(nn.Module):
             results = [old + new for old, new in zip(results, pieces, strict=True)] if results else pieces
         return results
 
-    def stream(self, prompts, max_new_tokens=64, eos_id=None, **options):
+    def stream(self, prompts, max_new_tokens=64, eos_id=None, special_tokens=False, **options):
         """Generate block by block; after each block, yield the new tokens of every prompt (ids for ids, str for str).
 
-        prompts: list of str or of lists of token ids, of any lengths; an empty one asks for unconditional text.
+        prompts: list of str or of lists of token ids, of any lengths.  An empty list asks for unconditional text; an
+        empty str for a new document, after the end of another.
         max_new_tokens: at most so many for each prompt.
         eos_id: a row ends before this token, or before one of several; None: nothing ends it early.
+        special_tokens: those written out in a str, such as <|endoftext|>, count as such; otherwise they are text.
         options: those of `generate_blocks`, which does the work.  Raises ValueError for options out of range, for ids
         outside the vocabulary, and for text without a tokenizer.
 
         Where the released code surprises a user, this does not: it cuts at the end-of-text token if told which it is,
         ends rows one by one, never counts prompt positions as new tokens, stops at max_new_tokens rather than at the
         next full block, takes empty prompts, and makes no cache entry for a last block that nobody reads."""
-        ids = prompt_ids(self.tokenizer, prompts)
+        ids = prompt_ids(self.tokenizer, prompts, special_tokens)
+        for prompt, row in zip(prompts, ids, strict=True):
+            if isinstance(prompt, str) and not row:
+                row.append(self.tokenizer.eot_token)
         writers = [Writer(self.tokenizer if isinstance(p, str) else None, eos_id, max_new_tokens) for p in prompts]
         for block in self.generate_blocks(ids, max_new_tokens, eos_id, **options):
             new = dict(zip(block.rows, block.new, strict=True))

@@ -3,8 +3,8 @@
     python data.py --data my_texts/ notes.jsonl --out tokens      # prepare a corpus of any size once
     python train_vae.py --data tokens
 
-Tokenizers are `tiktoken.Encoding` objects: byte-level BPE, trained on the corpus, read from a `tokenizer.json`, or one
-of tiktoken's own.  Token files are flat uint32 arrays (100,278 ids do not fit into 16 bits), memory-mapped.
+Tokenizers are byte-level BPE on top of tiktoken: trained on the corpus, read from a `tokenizer.json`, or one of
+tiktoken's own.  Token files are flat uint32 arrays (100,278 ids do not fit into 16 bits), memory-mapped.
 """
 
 import codecs
@@ -12,6 +12,7 @@ import contextlib
 import functools
 import heapq
 import json
+import math
 import operator
 import re
 import sys
@@ -19,7 +20,7 @@ import unicodedata
 import zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -146,12 +147,39 @@ SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]{1,32}| ?\d{1,3}| ?(?:[^\s\w]|_){1,32}|
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
+# A longer run of white space, or of anything else, is cut: tiktoken's regex engine gives up at a million.
+LONG_RUN = re.compile(rf"\s{{{PIECE}}}|\S{{{PIECE}}}")
+
+
+class Tokenizer(tiktoken.Encoding):
+    """Byte-level BPE, with tokens of their own for certain texts: `added`, a dict of ids.
+
+    words: which of the added are vocabulary like any other, and found wherever they are written.  The others are
+    special: in a text they are text, unless it is said that they count."""
+
+    def __init__(self, pattern, ranks, added, words=()):
+        super().__init__("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=added)
+        self.pattern, self.ranks, self.added, self.words = pattern, ranks, added, frozenset(words)
+
+    def encode_ordinary(self, text, special_tokens=False):
+        """Ids of a text.  special_tokens: those written out in it, such as <|endoftext|>, count as such."""
+        names, ids = sorted(self.added if special_tokens else self.words, key=len, reverse=True), []
+        for part in re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]:
+            if part in names:
+                ids.append(self.added[part])
+                continue
+            cuts = [0, *(run.end() for run in LONG_RUN.finditer(part)), len(part)]
+            for start, end in pairwise(cuts):
+                ids += super().encode_ordinary(part[start:end])
+        return ids
+
+
 def train_bpe(texts, vocab_size):
     """Byte-level BPE: start from the 256 bytes and merge the most frequent neighbours until the vocabulary is full.
 
     texts: iterable of str.  vocab_size counts the bytes, the merges and two special tokens; <|pad|> has the last id.
-    Returns a tiktoken.Encoding; a small corpus may fill less than vocab_size.  Pair counts are updated in place, so
-    2 MB of text take seconds."""
+    Returns a Tokenizer; a small corpus may fill less than vocab_size.  Pair counts are updated in place, so 2 MB of
+    text take seconds."""
     if vocab_size < 258:
         raise ValueError(f"vocab_size {vocab_size} is too small: 256 bytes and 2 special tokens need 258")
     counts = Counter(word for text in texts for word in re.findall(SPLIT, text))
@@ -197,7 +225,7 @@ def train_bpe(texts, vocab_size):
             heapq.heappush(queue, (-pair_count[p], p))
     n = len(token_bytes)
     ranks = {token: rank for rank, token in enumerate(token_bytes)}
-    return tiktoken.Encoding("bpe", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: n, PAD: n + 1})
+    return Tokenizer(SPLIT, ranks, {END_OF_TEXT: n, PAD: n + 1})
 
 
 # tokenizer.json spells every byte as one printable character: itself if it is printable, else 256 and up in order.
@@ -207,8 +235,8 @@ CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
 
 
 def load_tokenizer(name):
-    """A tiktoken.Encoding from the path of a tokenizer.json, or from one of tiktoken's names, such as cl100k_base
-    (which tiktoken downloads once), with <|pad|> added as the last id."""
+    """A Tokenizer from the path of a tokenizer.json, or from one of tiktoken's names, such as cl100k_base (which
+    tiktoken downloads once), with <|pad|> added as the last id."""
     if Path(name).suffix == ".json":
         return read_tokenizer_json(Path(name))
     if name not in tiktoken.list_encoding_names():
@@ -217,76 +245,149 @@ def load_tokenizer(name):
         base = tiktoken.get_encoding(name)
     except Exception as error:  # whatever the download raises
         raise ValueError(f"tiktoken could not get {name}: {type(error).__name__}") from None
-    ranks, special = spelling(base)
-    special = special | {PAD: base.n_vocab}
-    return tiktoken.Encoding(name, pat_str=base._pat_str, mergeable_ranks=ranks, special_tokens=special)
+    return Tokenizer(base._pat_str, base._mergeable_ranks, base._special_tokens | {PAD: base.n_vocab})
 
 
 def read_tokenizer_json(path):
-    """Byte-level BPE in the format of the `tokenizers` library: vocabulary, split pattern and added tokens."""
+    """Byte-level BPE in the format of the `tokenizers` library, as it encodes with add_special_tokens=False: so what a
+    post-processor would add makes no difference.  Raises ValueError with the name of what would make other tokens."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    with open_text(path) as f:
+        text = f.read()
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        model = raw["model"]
-        added = {token["content"]: token["id"] for token in raw["added_tokens"]}
-        if model.get("type", "BPE") != "BPE" or raw.get("normalizer"):
-            raise ValueError("only byte-level BPE without a normalizer is supported")
-        ranks = {
-            bytes(CHAR_TO_BYTE[c] for c in token): rank for token, rank in model["vocab"].items() if token not in added
-        }
+        raw = json.loads(text)
+        model, tokens = raw["model"], raw["added_tokens"]
+        check_fields(
+            "tokenizer", raw, version=ANY, added_tokens=ANY, pre_tokenizer=ANY, post_processor=ANY, decoder=ANY,
+            model=ANY, truncation=[None], padding=[None], normalizer=[None, dict(type="Sequence", normalizers=[])],
+        )  # fmt: skip
+        check_fields("decoder", raw.get("decoder") or {}, **BYTE_LEVEL)
+        check_fields(
+            "model", model, type=["BPE"], vocab=ANY, merges=ANY, unk_token=ANY,  # no byte is unknown
+            dropout=[None, 0], continuing_subword_prefix=[None, ""], end_of_word_suffix=[None, ""],
+            fuse_unk=[False], byte_fallback=[False], ignore_merges=[False, True],
+        )  # fmt: skip
+        for token in tokens:
+            check_fields(
+                f"added token {token['content']!r}", token, id=ANY, content=ANY, special=[False, True],
+                single_word=[False], lstrip=[False], rstrip=[False], normalized=ANY,  # there is no normalizer
+            )  # fmt: skip
         pattern = split_pattern(raw["pre_tokenizer"])
-        merged = [m if isinstance(m, list) else m.split(" ") for m in model["merges"]]
-        order = [model["vocab"][a + b] for a, b in merged]
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        added = {token["content"]: token["id"] for token in tokens}
+        words = [token["content"] for token in tokens if not token.get("special")]
+        vocab = {token: i for token, i in model["vocab"].items() if added.get(token) != i}
+        ranks = {bytes(CHAR_TO_BYTE[c] for c in token): i for token, i in vocab.items()}
+        ids = [*ranks.values(), *(token["id"] for token in tokens)]
+        if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+            raise ValueError("an id is not a number from 0 to 2^31")
+        if not all(isinstance(text, str) and text for text in added):
+            raise ValueError("the content of an added token is empty or no text")
+        if END_OF_TEXT not in added:
+            raise ValueError(f"there is no token {END_OF_TEXT}, which separates documents")
+        if len(ids) > len(set(ids)) or len(added) < len(tokens) or not vocab.keys().isdisjoint(added):
+            raise ValueError("two tokens have the same id, or one has two")
+        if any(bytes([b]) not in ranks for b in range(256)):
+            raise ValueError("the vocabulary must cover all 256 bytes")
+        check_merges(ranks, [m if isinstance(m, list) else m.split(" ") for m in model["merges"]], model)
+        return Tokenizer(pattern, ranks, added, words)
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a byte-level BPE tokenizer: {type(error).__name__}: {error}") from None
-    ids = [*ranks.values(), *added.values()]
-    if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
-        raise ValueError(f"{path}: an id is not a number from 0 to 2^31")
-    if not pattern or not isinstance(pattern, str):
-        raise ValueError(f"{path}: the split pattern is empty")
-    if len(ids) != len(set(ids)):
-        raise ValueError(f"{path}: two tokens have the same id")
-    if order != sorted(order) or any(bytes([b]) not in ranks for b in range(256)):
-        raise ValueError(f"{path}: ids must follow the order of the merges and cover all 256 bytes")
-    if END_OF_TEXT not in added:
-        raise ValueError(f"{path} has no token {END_OF_TEXT}, which separates documents")
-    try:
-        return tiktoken.Encoding(path.stem, pat_str=pattern, mergeable_ranks=ranks, special_tokens=added)
     except ValueError as error:
-        raise ValueError(f"{path}: the split pattern cannot be used: {error}") from None
+        raise ValueError(f"{path}: {error}") from None
+
+
+ANY = None  # of a field that makes no difference
+BYTE_LEVEL = dict(type=["ByteLevel"], add_prefix_space=ANY, trim_offsets=ANY, use_regex=ANY)
+
+
+def check_fields(what, given, **allowed):
+    """Raises ValueError for the first given field that has none of the allowed values, or that nobody knows."""
+    for name, value in given.items():
+        values = allowed.get(name, [])
+        if values is not ANY and value not in values:
+            only = f", only {' or '.join(map(json.dumps, values))}" if values else ""
+            raise ValueError(f"{what}: {name} {json.dumps(value)[:80]} is not supported{only}")
 
 
 def split_pattern(pre_tokenizer):
-    parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    for part in parts:
-        if part["type"] == "Split":
-            return part["pattern"]["Regex"]
-    if any(part["type"] == "ByteLevel" and part.get("use_regex", True) for part in parts):
+    """The pattern whose matches are the words.  Raises ValueError for anything else."""
+    parts = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    names = [part["type"] for part in parts]
+    if names not in (["ByteLevel"], ["Split", "ByteLevel"]):
+        raise ValueError(f"pre_tokenizer {' + '.join(names)} is not supported, only ByteLevel or Split + ByteLevel")
+    byte_level = dict(add_prefix_space=True, use_regex=True) | parts[-1]  # as the library fills them in
+    check_fields("ByteLevel", byte_level, **BYTE_LEVEL | dict(add_prefix_space=[False], use_regex=[len(parts) == 1]))
+    if len(parts) == 1:
         return GPT2_SPLIT
-    raise ValueError("no split pattern")
+    kept = dict(behavior=["Isolated"], invert=[False])
+    if parts[0]["invert"]:  # throw away what is between the matches, where there is nothing
+        kept = dict(behavior=["Removed"], invert=[True])
+    check_fields("Split", parts[0], type=["Split"], pattern=ANY, **kept)
+    check_fields("Split pattern", parts[0]["pattern"], Regex=ANY)
+    check_pattern(parts[0]["pattern"]["Regex"])
+    return parts[0]["pattern"]["Regex"]
+
+
+@functools.cache
+def check_pattern(pattern):
+    """Raises ValueError unless the matches of a pattern cover a text from end to end, and none is empty."""
+    if not pattern or not isinstance(pattern, str):
+        raise ValueError("the split pattern is empty")
+    try:  # an empty match is token 256 here; in a vocabulary without it, tiktoken panics
+        bytes_only = tiktoken.Encoding("probe", pat_str=pattern, special_tokens={}, mergeable_ranks=PROBE_RANKS)
+    except ValueError as error:
+        raise ValueError(f"the split pattern cannot be used: {error}") from None
+    for text in probe_texts():
+        ids = bytes_only.encode_ordinary(text)
+        if 256 in ids:
+            raise ValueError(f"the split pattern {pattern!r} matches the empty string")
+        if bytes_only.decode(ids) != text:
+            raise ValueError(f"the split pattern {pattern!r} passes over part of {text[:20]!r}")
+
+
+PROBE_RANKS = {bytes([b]): b for b in range(256)} | {b"": 256}
+
+
+def probe_texts():
+    """Texts that a split pattern must cover: characters of every script, by themselves and among others."""
+    letters = [chr(i) for i in (*range(0xD800), *range(0xE000, 0x20000), *range(0x20000, 0x110000, 997))]
+    sentence = "the cat  sat on 12345 mats,\n\n\tdidn't it?!  \r\n "
+    return ["", *letters[:0x250], "".join(letters), " ".join(letters), sentence]
+
+
+def check_merges(ranks, merges, model):
+    """Raises ValueError unless tiktoken, which knows ids but no merges, merges the same.  It finds any token that is a
+    whole word; and its merges are the given ones if those are `merges_of` the ids."""
+    wanted = merges_of(ranks)
+    for i, (given, own) in enumerate(zip_longest(merges, ([*map(spell, pair)] for pair in wanted))):
+        if given != own:
+            raise ValueError(f"merge {i} is {given}, where the order of the ids asks for {own}")
+    if not model.get("ignore_merges") and len(wanted) < len(ranks) - 256:
+        alone = min(ranks.keys() - {a + b for a, b in wanted} - {bytes([b]) for b in range(256)}, key=ranks.get)
+        raise ValueError(f"no merge makes the token {spell(alone)!r}: that is supported with ignore_merges true only")
 
 
 def save_tokenizer(tokenizer, path):
     """Write tokenizer.json so that this file and the `tokenizers` library read the same tokenizer back."""
-    ranks, special = spelling(tokenizer)
-
-    def spell(token):
-        return "".join(BYTE_TO_CHAR[b] for b in token)
-
-    by_rank = sorted(ranks, key=ranks.get)
-    merges = [[spell(part) for part in last_merge(token, ranks)] for token in by_rank if len(token) > 1]
+    ranks = tokenizer.ranks
     byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
-    split = dict(type="Split", pattern=dict(Regex=tokenizer._pat_str), behavior="Isolated", invert=False)
-    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    split = dict(type="Split", pattern=dict(Regex=tokenizer.pattern), behavior="Isolated", invert=False)
+    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
     model = dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None)
     model |= dict(fuse_unk=False, byte_fallback=False, ignore_merges=True)  # a word that is a token is that token
-    model |= dict(vocab={spell(token): ranks[token] for token in by_rank}, merges=merges)
+    vocab = {spell(token): ranks[token] for token in sorted(ranks, key=ranks.get)}
+    vocab |= tokenizer.added  # or the library would number those anew
+    model |= dict(vocab=vocab, merges=[[*map(spell, pair)] for pair in merges_of(ranks)])
+    added = [
+        dict(id=i, content=text) | flags | dict(special=text not in tokenizer.words)
+        for text, i in tokenizer.added.items()
+    ]
     raw = dict(
         version="1.0",
         truncation=None,
         padding=None,
-        added_tokens=[dict(id=i, content=text) | flags for text, i in special.items()],
+        added_tokens=added,
         normalizer=None,
         pre_tokenizer=dict(type="Sequence", pretokenizers=[split, byte_level]),
         post_processor=None,
@@ -297,32 +398,31 @@ def save_tokenizer(tokenizer, path):
         temporary.write_text(json.dumps(raw, ensure_ascii=False), encoding="utf-8")
 
 
-def last_merge(token, ranks):
-    """The two tokens whose merge made this one: merge its bytes in order of rank, but not the last time."""
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        pairs = [ranks.get(a + b, float("inf")) for a, b in pairwise(parts)]
-        i = pairs.index(min(pairs))
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts
+def spell(token):
+    return "".join(BYTE_TO_CHAR[b] for b in token)
 
 
-def spelling(tokenizer):
-    """What each id stands for."""
-    return tokenizer._mergeable_ranks, tokenizer._special_tokens
+def merges_of(ranks):
+    """The merges, as pairs of bytes, that make tokens out of the tokens that their bytes become otherwise: merge the
+    pair of lowest rank first, but not the whole.  Where more than two parts remain, no merge makes the token."""
+    merges = []
+    for token in sorted(ranks, key=ranks.get):
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            pairs = [ranks.get(a + b, math.inf) for a, b in pairwise(parts)]
+            i = pairs.index(min(pairs))
+            if pairs[i] == math.inf:
+                break
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append(parts)
+    return merges
 
 
 def check_same(of_text, of_model):
     """Raises ValueError if a text was tokenized by another tokenizer than the model's."""
-    if spelling(of_text) != spelling(of_model):
+    if any(getattr(of_text, part) != getattr(of_model, part) for part in ("ranks", "added", "words")):
         raise ValueError("the text was tokenized differently: this model needs text in the tokens of its VAE")
-
-
-def encode_prompt(tokenizer, text):
-    """Ids of a prompt; special tokens written out in it, such as <|endoftext|>, count as such."""
-    if tokenizer is None:
-        raise ValueError("this model has no tokenizer.json: give prompts as token ids")
-    return tokenizer.encode(text, allowed_special="all")
 
 
 def decode_bytes(tokenizer, ids):
@@ -336,12 +436,18 @@ def decode_bytes(tokenizer, ids):
     return b"".join(parts)
 
 
-def prompt_ids(tokenizer, prompts):
-    """The token ids of each prompt.  Raises ValueError if one is neither a str nor a list of ids."""
+def prompt_ids(tokenizer, prompts, special_tokens=False):
+    """The token ids of each prompt.  special_tokens: see `Tokenizer.encode_ordinary`.  Raises ValueError if one is
+    neither a str nor a list of ids, and for text without a tokenizer."""
     if not isinstance(prompts, (list, tuple)):
         raise ValueError(f"prompts must be a list, not {type(prompts).__name__}; for one text write [text]")
+    if tokenizer is None and any(isinstance(p, str) for p in prompts):
+        raise ValueError("this model has no tokenizer.json: give prompts as token ids")
     try:
-        return [encode_prompt(tokenizer, p) if isinstance(p, str) else [operator.index(i) for i in p] for p in prompts]
+        return [
+            tokenizer.encode_ordinary(p, special_tokens) if isinstance(p, str) else [operator.index(i) for i in p]
+            for p in prompts
+        ]
     except TypeError:
         raise ValueError("every prompt must be a str or a list of token ids") from None
 
@@ -443,7 +549,7 @@ class Corpus:
 
     train: np.ndarray
     val: np.ndarray
-    tokenizer: tiktoken.Encoding
+    tokenizer: Tokenizer
 
     def batches(self, batch_size, seq_len, seed):
         """A function step -> windows for training, (B, L)."""

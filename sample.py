@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cola import ColaDLM
 from common import TextOptions, option, parse_options, pick_device, run_script, sampling_precision
-from data import END_OF_TEXT, decode_bytes
+from data import decode_bytes
 from processes import collect, join_processes, n_processes, rank
 
 PRETRAINED = Path(__file__).parent / "pretrained"  # the small model that comes with the repository
@@ -24,6 +24,7 @@ PRETRAINED = Path(__file__).parent / "pretrained"  # the small model that comes 
 class Options(TextOptions):
     model: str = option("", "folder in the released format; nothing: runs/cola if there is one, else pretrained")
     prompt: tuple = option(("",), "one or more texts to continue; empty: a new document")
+    special_tokens: bool = option(False, "<|endoftext|> and the like, written in a prompt, are not text but tokens")
     num_samples: int = option(10, "samples of each prompt", low=1)
     show_steps: bool = option(False, "one sample: show each block as it forms out of noise, a line for every step")
     stop_at_eos: bool = option(True, "end a sample where the model ends its document")
@@ -59,7 +60,7 @@ def main():
         model = CompiledColaDLM(model)
     settings = o.settings() | o.own_ids(model.tokenizer) | ({} if o.stop_at_eos else dict(eos_id=None))
     prompts = [prompt for prompt in o.prompt for _ in range(o.num_samples)]
-    after = [prompt or END_OF_TEXT for prompt in prompts]  # after the end of a document begins a new one
+    settings["special_tokens"] = o.special_tokens
     if o.show_steps:
         if len(prompts) != 1:
             raise ValueError("--show-steps shows one sample: add --num-samples 1")
@@ -67,13 +68,13 @@ def main():
     if len(prompts) == 1:
         print(prompts[0], end="", flush=True)
         with amp:
-            for (piece,) in model.stream(after, **settings):
+            for (piece,) in model.stream(prompts, **settings):
                 print(piece, end="", flush=True)
         print()
     else:
         rows = range(rank(), len(prompts), n_processes())  # of this process; each has noise of its own
         with amp:
-            texts = collect(model.generate([after[i] for i in rows], row_ids=rows, **settings))
+            texts = collect(model.generate([prompts[i] for i in rows], row_ids=rows, **settings))
         for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
             print(f"--- sample {i + 1}\n{prompt}{text}")
 

@@ -97,11 +97,144 @@ def test_released_tokenizer_layout(tokenizer, tmp_path):
     raw["added_tokens"].append(dict(id=400, content="<|im_start|>", special=False))
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
     loaded = data.load_tokenizer(str(tmp_path / "tokenizer.json"))
-    assert data.encode_prompt(loaded, "<|im_start|>fox")[0] == 400
+    assert loaded.encode_ordinary("<|im_start|>fox")[0] == 400
     assert data.decode_bytes(loaded, [400, 399, 65]) == b"<|im_start|>A"  # 399 is a gap
 
 
-@pytest.mark.parametrize("change", ["{", "[]", '{"model": {"type": "WordPiece"}, "added_tokens": []}'])
+# The ids that the `tokenizers` library gives: 0.23.3, add_special_tokens=False, with encode_special_tokens and without.
+MIXED = "abcd xyz bcd abcxyz,xyz<|endoftext|>quickquiz <|im|>é  12345"
+MIXED_IDS = """257 100 32 120 121 122 32 98 99 100 32 257 120 121 122 44 259 60 124 101 110 100 111 102 116 101 120 116
+    124 62 402 401 105 122 32 400 195 169 32 32 49 50 51 52 53"""
+END_IDS = "60 124 101 110 100 111 102 116 101 120 116 124 62"
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """A tokenizer.json with words that no merge makes, "bcd" and "xyz", and added ones that are not special."""
+    ranks = {bytes([b]): b for b in range(256)} | {b"ab": 256, b"abc": 257, b"bcd": 258, b"xyz": 259}
+    added = {data.END_OF_TEXT: 260, "<|im|>": 400, "qu": 401, "quick": 402}
+    tokenizer = data.Tokenizer(data.SPLIT, ranks, added, words=added.keys() - {data.END_OF_TEXT})
+    data.save_tokenizer(tokenizer, tmp_path / "a.json")
+    return tmp_path / "a.json"
+
+
+def changed(file, *path, **values):
+    """The tokenizer of the file, with these values in the object at the path."""
+    raw = json.loads(file.read_text())
+    place = raw
+    for name in path:
+        place = place[name]
+    place.update(values)
+    other = file.with_name("changed.json")
+    other.write_text(json.dumps(raw))
+    return data.load_tokenizer(str(other))
+
+
+GPT2 = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True)
+SPLIT_PLACE = ("pre_tokenizer", "pretokenizers", 0)
+
+
+def test_tokens_are_those_of_the_tokenizers_library(mixed):
+    """Three spellings that the library reads alike; and what is read is written as it was."""
+    ids = [int(i) for i in MIXED_IDS.split()]
+    for tokenizer in (
+        data.load_tokenizer(str(mixed)),
+        changed(mixed, *SPLIT_PLACE, behavior="Removed", invert=True),  # as converted from tiktoken
+        changed(mixed, pre_tokenizer=GPT2, post_processor=GPT2, normalizer=dict(type="Sequence", normalizers=[])),
+    ):
+        assert tokenizer.encode_ordinary(MIXED) == ids
+        special = " ".join(map(str, tokenizer.encode_ordinary(MIXED, special_tokens=True)))
+        assert special == " ".join(MIXED_IDS.split()).replace(END_IDS, "260")
+        assert tokenizer.decode(ids) == MIXED
+    saved = json.loads(mixed.read_text())
+    assert saved["model"]["merges"] == [["a", "b"], ["ab", "c"]]
+    assert saved["model"]["vocab"]["<|im|>"] == 400  # or the library would take the first id that is free
+    assert [token["content"] for token in saved["added_tokens"] if token["special"]] == [data.END_OF_TEXT]
+    data.save_tokenizer(data.load_tokenizer(str(mixed)), mixed.with_name("again.json"))
+    assert json.loads(mixed.with_name("again.json").read_text()) == saved
+
+
+def test_training_text_and_prompts_have_the_same_ordinary_tokens(mixed, tmp_path):
+    (tmp_path / "a.txt").write_text(MIXED, encoding="utf-8")
+    corpus = data.prepare([tmp_path / "a.txt"], data.load_tokenizer(str(mixed)), tmp_path / "tokens")
+    assert [*corpus.train, *corpus.val][:-1] == data.prompt_ids(corpus.tokenizer, [MIXED])[0]
+    other = data.Tokenizer(data.SPLIT, corpus.tokenizer.ranks, corpus.tokenizer.added)
+    with pytest.raises(ValueError, match="tokenized differently"):
+        data.check_same(corpus.tokenizer, other)
+
+
+def sequence(*parts):
+    return dict(pre_tokenizer=dict(type="Sequence", pretokenizers=list(parts)))
+
+
+SPLIT = dict(type="Split", pattern=dict(Regex=data.SPLIT), behavior="Isolated", invert=False)
+BYTES = GPT2 | dict(use_regex=False)
+DIGITS = dict(type="Digits", individual_digits=True)
+PUNCTUATION = dict(type="Punctuation", behavior="Isolated")
+ADDED, MODEL, END = ("added_tokens", 1), ("model",), dict(id=260, content=data.END_OF_TEXT)
+
+
+@pytest.mark.parametrize(
+    "path, values, message",
+    [
+        ((), sequence(PUNCTUATION, GPT2, DIGITS, SPLIT), r"Punctuation \+ ByteLevel \+ Digits \+ Split is not"),
+        ((), sequence(SPLIT, SPLIT, BYTES), r"pre_tokenizer Split \+ Split \+ ByteLevel is not supported"),
+        ((), sequence(SPLIT), "pre_tokenizer Split is not supported"),
+        ((), sequence(SPLIT, GPT2), "ByteLevel: use_regex true is not supported, only false"),
+        ((), sequence(BYTES), "ByteLevel: use_regex false is not supported, only true"),
+        ((), dict(pre_tokenizer=dict(type="WhitespaceSplit")), "pre_tokenizer WhitespaceSplit is not supported"),
+        ((), dict(pre_tokenizer=GPT2 | dict(add_prefix_space=True)), "ByteLevel: add_prefix_space true is not"),
+        (SPLIT_PLACE, dict(behavior="Removed"), 'Split: behavior "Removed" is not supported, only "Isolated"'),
+        (SPLIT_PLACE, dict(behavior="MergedWithPrevious"), 'Split: behavior "MergedWithPrevious" is not supported'),
+        (SPLIT_PLACE, dict(invert=True), 'Split: behavior "Isolated" is not supported, only "Removed"'),
+        (SPLIT_PLACE, dict(pattern=dict(String=" ")), "Split pattern: String"),
+        (SPLIT_PLACE, dict(pattern=dict(Regex=r"\d{3}")), "passes over part of"),
+        (SPLIT_PLACE, dict(pattern=dict(Regex=r"[^é]")), "passes over part of 'é'"),
+        (SPLIT_PLACE, dict(pattern=dict(Regex=r"[^Ж]")), "passes over part of"),
+        (SPLIT_PLACE, dict(pattern=dict(Regex=r"x*|(?s:.)")), "matches the empty string"),
+        (SPLIT_PLACE, dict(pattern=dict(Regex=r"(?s:.+)|$")), "matches the empty string"),
+        (SPLIT_PLACE, dict(pattern=dict(Regex="")), "the split pattern is empty"),
+        (SPLIT_PLACE, dict(pattern=dict(Regex="(")), "the split pattern cannot be used"),
+        ((), dict(normalizer=dict(type="NFC")), 'tokenizer: normalizer {"type": "NFC"} is not supported'),
+        ((), dict(truncation=dict(max_length=8)), "tokenizer: truncation"),
+        ((), dict(padding=dict(pad_id=8)), "tokenizer: padding"),
+        ((), dict(decoder=dict(type="BPEDecoder", suffix="</w>")), 'decoder: type "BPEDecoder" is not supported'),
+        ((), dict(something=1), "tokenizer: something 1 is not supported"),
+        (MODEL, dict(type="Unigram"), 'model: type "Unigram" is not supported, only "BPE"'),
+        (MODEL, dict(end_of_word_suffix="</w>"), 'model: end_of_word_suffix "</w>" is not supported'),
+        (MODEL, dict(continuing_subword_prefix="##"), 'model: continuing_subword_prefix "##" is not supported'),
+        (MODEL, dict(dropout=0.1), "model: dropout 0.1 is not supported"),
+        (MODEL, dict(fuse_unk=True), "model: fuse_unk true is not supported"),
+        (MODEL, dict(byte_fallback=True), "model: byte_fallback true is not supported"),
+        (MODEL, dict(ignore_merges=False), "no merge makes the token 'bcd'"),
+        (MODEL, dict(merges=["a b"]), r"merge 1 is None, where the order of the ids asks for \['ab', 'c'\]"),
+        (MODEL, dict(merges=["a b", "a bc"]), r"merge 1 is \['a', 'bc'\], where the order of the ids asks for"),
+        (MODEL, dict(merges=["ab c", "a b"]), "merge 0 is"),
+        (MODEL, dict(merges=["a b", "ab c", "x y"]), r"merge 2 is \['x', 'y'\], where .* asks for None"),
+        (ADDED, dict(content=""), "the content of an added token is empty"),
+        (ADDED, dict(content=3), "the content of an added token is empty or no text"),
+        (("model", "vocab"), dict(xyz=258), "two tokens have the same id, or one has two"),
+        ((), dict(added_tokens=[END, dict(id=500, content="abc")]), "two tokens have the same id, or one has two"),
+        ((), dict(added_tokens=[END, dict(id=500, content="new"), dict(id=501, content="new")]), "or one has two"),
+        (ADDED, dict(id=-1), "an id is not a number from 0 to 2"),
+        (ADDED, dict(lstrip=True), r"added token '<\|im\|>': lstrip true is not supported, only false"),
+        (ADDED, dict(rstrip=True), "rstrip true is not supported"),
+        (ADDED, dict(single_word=True), "single_word true is not supported"),
+        (("added_tokens", 0), dict(content="<eos>"), r"there is no token <\|endoftext\|>"),
+    ],
+)
+def test_what_is_not_implemented_is_refused_by_name(mixed, path, values, message):
+    with pytest.raises(ValueError, match=message):
+        changed(mixed, *path, **values)
+
+
+def test_fields_that_make_no_difference(mixed):
+    ids = [int(i) for i in MIXED_IDS.split()]
+    assert changed(mixed, *ADDED, normalized=True).encode_ordinary(MIXED) == ids
+    assert changed(mixed, *MODEL, unk_token="a", end_of_word_suffix="").encode_ordinary(MIXED) == ids
+
+
+@pytest.mark.parametrize("change", ["{", "[]", '{"added_tokens": []}'])
 def test_unusable_tokenizer_files(tmp_path, change):
     (tmp_path / "tokenizer.json").write_text(change)
     with pytest.raises(ValueError, match="is not a byte-level BPE tokenizer"):
@@ -111,6 +244,26 @@ def test_unusable_tokenizer_files(tmp_path, change):
 def test_unknown_tokenizer_name():
     with pytest.raises(ValueError, match="neither a tokenizer.json nor one of"):
         data.load_tokenizer("no-such-tokenizer")
+
+
+def test_special_tokens_in_a_prompt_are_text_unless_asked_for(tokenizer):
+    prompt = "fox<|endoftext|>"
+    (ids,), (special,) = (data.prompt_ids(tokenizer, [prompt], asked) for asked in (False, True))
+    assert tokenizer.eot_token not in ids and tokenizer.decode(ids) == prompt
+    assert special == [*tokenizer.encode_ordinary("fox"), tokenizer.eot_token]
+
+
+@pytest.mark.parametrize("pattern", [data.SPLIT, data.GPT2_SPLIT, r"\S+(?!\S)|\s+"])
+@pytest.mark.parametrize("unit", [" ", "=", "\n", "ab"])
+def test_long_runs(pattern, unit):
+    """A run of a million may be too much for tiktoken's regex engine; up to PIECE, nothing is cut."""
+    ranks = {bytes([b]): b for b in range(256)} | {b"  ": 256, b"==": 257, b"\n\n": 258, b"ab": 259}
+    tokenizer = data.Tokenizer(pattern, ranks, {data.END_OF_TEXT: 260})
+    text = unit * (1_100_000 // len(unit)) + "."
+    assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
+    short = "x" + unit * (data.PIECE // len(unit) - 2) + " ."
+    whole = data.tiktoken.Encoding.encode_ordinary(tokenizer, short)
+    assert tokenizer.encode_ordinary(short) == whole
 
 
 def test_half_a_surrogate_pair_is_replaced_where_it_is_read(tmp_path):
@@ -125,6 +278,9 @@ def test_only_regular_files_are_read(tmp_path):
     for name in (tmp_path / "pipe.txt", "/dev/zero", "/dev/null"):
         with pytest.raises(ValueError, match=f"{name} is not a regular file"):
             next(data.documents([name]))
+    os.rename(tmp_path / "pipe.txt", tmp_path / "pipe.json")
+    with pytest.raises(ValueError, match="pipe.json is not a regular file"):
+        data.load_tokenizer(str(tmp_path / "pipe.json"))
     assert list(data.documents([tmp_path])) == list(data.documents([tmp_path / "link.txt"])) == ["one\n"]
 
 

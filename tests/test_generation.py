@@ -208,6 +208,24 @@ def test_text_in_text_out(speaking_model):
     assert "".join(piece for (piece,) in pieces) == text
 
 
+def test_special_tokens_of_a_prompt(speaking_model, trained, monkeypatch):
+    """Written out they are text unless it is said that they count; an empty text follows the end of another."""
+    import sample
+
+    seen, eot = [], speaking_model.tokenizer.eot_token
+    monkeypatch.setattr(ColaDLM, "generate_blocks", lambda self, ids, *rest, **options: iter([seen.append(ids)][:0]))
+    list(speaking_model.stream(["", [], "a<|endoftext|>"]))
+    list(speaking_model.stream(["", "a<|endoftext|>"], special_tokens=True))
+    assert seen == [[[eot], [], [*b"a<|endoftext|>"]], [[eot], [97, eot]]]
+    start = "--model runs/cola --prompt <|endoftext|> --num-samples 1 --device cpu"
+    for more in ("", "--special-tokens"):
+        call(sample.main, f"{start} {more}", monkeypatch, trained)
+    text, special = seen[2:]
+    tokenizer = data.load_tokenizer(str(trained / "runs" / "cola" / "tokenizer.json"))
+    assert special == [[tokenizer.eot_token]] and text == [tokenizer.encode_ordinary("<|endoftext|>")]
+    assert len(text[0]) > 1
+
+
 def same_noise(rows):
     return torch.randn(5, 1, BLOCK, d, generator=torch.Generator().manual_seed(0)).repeat(1, rows, 1, 1)
 
