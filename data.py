@@ -10,6 +10,7 @@ tiktoken's own.  Token files are flat uint32 arrays (100,278 ids do not fit into
 import codecs
 import contextlib
 import functools
+import hashlib
 import heapq
 import json
 import math
@@ -491,7 +492,7 @@ TOKENIZER_SAMPLE = 1 << 23  # characters that a new tokenizer is trained on
 
 
 def prepare(source, encoding, folder, batch_size=1, seq_len=1, separator=""):
-    """Write folder/train.bin, val.bin and tokenizer.json; the corpus streams through, whatever its size.
+    """Write folder/train.bin, val.bin, tokenizer.json and its hash; the corpus streams through, whatever its size.
 
     Documents are held out by a hash of their text, so the same text always falls on the same side.  Raises ValueError,
     and writes nothing, if the text is unreadable or cannot fill a batch."""
@@ -517,7 +518,13 @@ def prepare(source, encoding, folder, batch_size=1, seq_len=1, separator=""):
             advice = "separate documents by blank lines, or choose a --separator with data.py"
             print(f"warning: the training text holds no end of a document: {advice}", file=sys.stderr)
         save_tokenizer(encoding, folder / "tokenizer.json")
+        with replacing(folder / "tokenizer.sha256") as temporary:
+            temporary.write_text(f"{file_hash(folder / 'tokenizer.json')}  tokenizer.json\n")  # for sha256sum -c
     return open_tokens(folder)
+
+
+def file_hash(file):
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def make_tokenizer(name, vocab_size, source):
@@ -581,10 +588,14 @@ CHECKED = 1 << 14  # a corpus of any size opens at once
 
 
 def open_tokens(folder):
-    """The Corpus in a folder that `prepare` wrote.  Raises ValueError for damaged files and, as far as CHECKED tokens
-    tell, which are spread evenly over the file, for files that hold ids of another vocabulary."""
+    """The Corpus in a folder that `prepare` wrote.  Raises ValueError for damaged files, for a tokenizer.json that is
+    not the hashed one (older folders have no hash) and, as far as CHECKED tokens tell, which are spread evenly over the
+    file, for files that hold ids of another vocabulary."""
     folder = Path(folder)
     tokenizer = read_tokenizer_json(folder / "tokenizer.json")
+    hashed = folder / "tokenizer.sha256"
+    if hashed.exists() and hashed.read_bytes().split()[:1] != [file_hash(folder / "tokenizer.json").encode()]:
+        raise ValueError(f"{folder}/tokenizer.json is not the one of these tokens: put that back, or tokenize again")
     splits = []
     for name in ("train.bin", "val.bin"):
         path = folder / name

@@ -1,5 +1,6 @@
 """Documents, tokenizers and token files."""
 
+import hashlib
 import json
 import os
 import unicodedata
@@ -282,6 +283,21 @@ def test_only_regular_files_are_read(tmp_path):
     with pytest.raises(ValueError, match="pipe.json is not a regular file"):
         data.load_tokenizer(str(tmp_path / "pipe.json"))
     assert list(data.documents([tmp_path])) == list(data.documents([tmp_path / "link.txt"])) == ["one\n"]
+
+
+def test_another_tokenizer_in_a_token_folder_is_noticed(tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT)
+    corpus = prepare([tmp_path / "a.txt"], 300, tmp_path / "tokens")
+    hashed = hashlib.sha256((tmp_path / "tokens" / "tokenizer.json").read_bytes()).hexdigest()
+    assert (tmp_path / "tokens" / "tokenizer.sha256").read_text() == f"{hashed}  tokenizer.json\n"
+    ranks = corpus.tokenizer.ranks | {b"the": corpus.tokenizer.ranks[b"he"]}  # as many ids, other tokens
+    ranks = {token: i for token, i in ranks.items() if token != b"he"}
+    other = data.Tokenizer(data.SPLIT, ranks, corpus.tokenizer.added)
+    data.save_tokenizer(other, tmp_path / "tokens" / "tokenizer.json")
+    with pytest.raises(ValueError, match="tokenizer.json is not the one of these tokens"):
+        data.open_tokens(tmp_path / "tokens")
+    (tmp_path / "tokens" / "tokenizer.sha256").unlink()  # as in older folders
+    assert data.open_tokens(tmp_path / "tokens").tokenizer.ranks == ranks
 
 
 def test_definitions():
