@@ -146,10 +146,8 @@ END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 # No piece is longer than 32 characters: time grows with the square of a piece's length.
 SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]{1,32}| ?\d{1,3}| ?(?:[^\s\w]|_){1,32}|\s{1,32}(?!\S)|\s{1,32}"
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
-
-# A longer run of white space, or of anything else, is cut: tiktoken's regex engine gives up at a million.
-LONG_RUN = re.compile(rf"\s{{{PIECE}}}|\S{{{PIECE}}}")
+# Runs of white space, or of anything else, are cut at PIECE: tiktoken's regex engine gives up at a million.
+RUN = re.compile(rf"\s{{1,{PIECE}}}|\S{{1,{PIECE}}}")
 
 
 class Tokenizer(tiktoken.Encoding):
@@ -169,7 +167,8 @@ class Tokenizer(tiktoken.Encoding):
             if part in names:
                 ids.append(self.added[part])
                 continue
-            cuts = [0, *(run.end() for run in LONG_RUN.finditer(part)), len(part)]
+            runs = RUN.finditer(part) if len(part) > PIECE else []
+            cuts = [0, *(run.end() for run in runs if len(run[0]) == PIECE), len(part)]
             for start, end in pairwise(cuts):
                 ids += super().encode_ordinary(part[start:end])
         return ids
