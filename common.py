@@ -5,12 +5,15 @@ Nothing in here imports the model."""
 import argparse
 import dataclasses
 import math
+import numbers
 import os
 import re
+import reprlib
+import stat
 import sys
 import time
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -147,7 +150,13 @@ def parse_options(cls, description, presets=None, argv=None):
     return cls(**(preset | given)), set(given)
 
 
-KINDS = {int: "an integer", bool: "true or false", str: "a text"}
+LARGEST = 2**31  # of a number that an option or a configuration may have: greater ones overflow somewhere
+KINDS = {  # of a value, by the type of its option's default
+    int: (numbers.Integral, "an integer"),
+    float: (numbers.Real, "a number"),
+    bool: (bool, "true or false"),
+    str: (str, "a text"),
+}
 
 
 def check_range(cls, values, spelt=str):
@@ -157,34 +166,40 @@ def check_range(cls, values, spelt=str):
     for name, value in values.items():
         default, about = options[name].default, options[name].metadata
         several = isinstance(default, tuple)
-        kind = type(default) if not several else type(default[0]) if default else str
         if several != isinstance(value, tuple):
-            raise ValueError(f"{spelt(name)} {value!r} must be {'a list of values' if several else 'one value'}")
+            allowed = "a list of values" if several else "one value"
+            raise ValueError(f"{spelt(name)} {reprlib.repr(value)} must be {allowed}")
+        kind = type(default) if not several else type(default[0]) if default else str
         for number in value if several else (value,):
-            where = f"{spelt(name)} {number!r}"
+            where = f"{spelt(name)} {reprlib.repr(number)}"
+            expected, called = KINDS[kind]
+            if not isinstance(number, expected) or (isinstance(number, bool) and kind is not bool):
+                raise ValueError(f"{where} must be {called}")
             if about["choices"] and number not in about["choices"]:
                 raise ValueError(f"{where} is out of range: it must be one of {', '.join(about['choices'])}")
-            if kind is not float and type(number) is not kind:
-                raise ValueError(f"{where} must be {KINDS[kind]}")
-            if kind is float and not (isinstance(number, (int, float)) and math.isfinite(number)):
-                raise ValueError(f"{where} is out of range: it must be a finite number")
             low, high = about["low"], about["high"]
+            if kind is float and not abs(number) <= LARGEST:
+                raise ValueError(f"{where} is out of range: it must be a finite number of at most {LARGEST}")
+            if kind is int and high is None and number > LARGEST:
+                raise ValueError(f"{where} is out of range: it must be at most {LARGEST}")
             if (low is not None and number < low) or (high is not None and number > high):
                 allowed = f"at least {low}" if high is None else f"between {low} and {high}"
                 raise ValueError(f"{where} is out of range: it must be {allowed}")
 
 
 def check_sizes(config):
-    """Raises ValueError for a value that has not the type of its default, a count below what its field allows (1), or a
-    float like NaN."""
+    """Raises ValueError for a value that has not the type of its default, a count below what its field allows (1) or
+    above LARGEST, or a float like NaN."""
     for field in dataclasses.fields(config):
         value, wanted = getattr(config, field.name), type(field.default)
+        where = f"{field.name} {reprlib.repr(value)}"
         if type(value) is not wanted and not (wanted is float and type(value) is int):
-            raise ValueError(f"{field.name} {value!r} must be of type {wanted.__name__}")
-        if wanted is int and value < (low := field.metadata.get("low", 1)):
-            raise ValueError(f"{field.name} {value} must be at least {low}")
-        if wanted is float and not (math.isfinite(value) and value > field.metadata.get("above", 0.0)):
-            raise ValueError(f"{field.name} {value} must be a positive number")
+            raise ValueError(f"{where} must be of type {wanted.__name__}")
+        if wanted is int and not (low := field.metadata.get("low", 1)) <= value <= LARGEST:
+            raise ValueError(f"{where} must be at least {low}" + f" and at most {LARGEST}" * (value > LARGEST))
+        above = field.metadata.get("above", 0.0)
+        if wanted is float and not (value > above and abs(value) <= LARGEST):
+            raise ValueError(f"{where} must be a {'positive' if above == 0 else 'finite'} number of at most {LARGEST}")
 
 
 def run_script(main):
@@ -408,7 +423,8 @@ def optimizer_step(optimizer, lr, clip):
 
 @contextmanager
 def replacing(path):
-    """Write to the yielded temporary path; it takes the place of `path` only if all went well."""
+    """Write to the yielded temporary path; it takes the place of `path` only if all went well, and only when it is on
+    the disk, so that not even a loss of power leaves half of it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -417,9 +433,28 @@ def replacing(path):
     try:
         yield temporary
         temporary.chmod(mode)  # safetensors makes files that only their owner may read
+        flush(temporary)
         os.replace(temporary, path)
+        with suppress(OSError):  # not every system can flush the names in a folder
+            flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def flush(path):
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_regular(path):
+    """Raises ValueError for a folder, a pipe or a device, FileNotFoundError where there is nothing.  A link counts as
+    what it leads to.  Nothing is opened: that could wait for ever."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError(f"{path} is not a file but a folder, a pipe or a device")
 
 
 def check_new(folder, advice):

@@ -7,13 +7,15 @@
 
 import dataclasses
 import json
+import re
+import reprlib
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from common import replacing
+from common import check_regular, replacing
 from data import load_tokenizer
 from dit import ROPE_THETA, DiT, DiTConfig
 from transformer import rope_freqs
@@ -62,7 +64,8 @@ def load_vae(folder, device="cpu", dtype=torch.float32):
 def load_dit_config(folder):
     """The DiTConfig in folder/cola_dit."""
     raw = read_json(Path(folder) / "cola_dit" / "config.json")
-    fixed = DIT_FIXED | dict(emb_dim=raw.get("txt_dim"), txt_out_channels=raw.get("txt_in_channels"))
+    fixed = DIT_FIXED | dict(emb_dim=raw.get("txt_dim", DiTConfig.dim))
+    fixed |= dict(txt_out_channels=raw.get("txt_in_channels", DiTConfig.latent_dim))
     return to_config(DiTConfig, raw, DIT_NAMES, fixed, folder)
 
 
@@ -84,19 +87,20 @@ def save_dit(dit, folder, dtype=torch.float32):
     raw = to_raw(dit.config, DIT_NAMES) | DIT_FIXED
     raw |= dict(emb_dim=dit.config.dim, txt_out_channels=dit.config.latent_dim)
     raw |= dict(model_type="cola_dit", architectures=["ColaDiTModel"])
-    save_weights(dit.state_dict() | rope_buffers(dit.config), raw, Path(folder) / "cola_dit", dtype)
+    freqs = {name: rope_freqs(dit.config.rope_dim, ROPE_THETA) for name in rope_names(dit.config)}
+    save_weights(dit.state_dict() | freqs, raw, Path(folder) / "cola_dit", dtype)
 
 
-def rope_buffers(config):
-    """The released files hold the rotary frequencies of every block.  Nothing here needs them, other readers may."""
-    names = (f"blocks.{i}.msa.rope.rope.freqs" for i in range(config.n_layer))
-    return {name: rope_freqs(config.rope_dim, ROPE_THETA) for name in names}
+def rope_names(config):
+    """Names of what the released files hold besides: the rotary frequencies of every block.  Nothing here needs them,
+    other readers may."""
+    return [f"blocks.{i}.msa.rope.rope.freqs" for i in range(config.n_layer)]
 
 
 def to_config(cls, raw, names, fixed, folder):
     for name, value in fixed.items():
         if raw.get(name, value) != value:
-            raise ValueError(f"{folder}: {name} = {raw[name]} is not supported, only {value}")
+            raise ValueError(f"{folder}: {name} = {reprlib.repr(raw[name])} is not supported, only {value!r}")
     fields = {f.name: names.get(f.name, f.name) for f in dataclasses.fields(cls)}
     try:
         return cls(**{ours: raw[theirs] for ours, theirs in fields.items() if theirs in raw})
@@ -113,10 +117,12 @@ def to_raw(config, names):
 
 def read_json(path):
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        check_regular(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist: is this a model folder?") from None
-    except ValueError as error:
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a JSON object")
@@ -130,6 +136,9 @@ def weight_files(folder):
         names = read_json(index).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
             raise ValueError(f"{index} has no weight_map of file names")
+        for file in names.values():
+            if not re.fullmatch(r"[\w.-]+\.safetensors", file):  # so no path leads out of the folder
+                raise ValueError(f"{index} names {reprlib.repr(file)}: it must be a .safetensors file in that folder")
         return {name: folder / file for name, file in names.items()}
     file = folder / "model.safetensors"
     with open_weights(file) as tensors:
@@ -137,6 +146,7 @@ def weight_files(folder):
 
 
 def open_weights(file, device="cpu"):
+    check_regular(file)
     with open(file, "rb"):  # raises what says best why a file cannot be opened
         pass
     try:
@@ -145,21 +155,25 @@ def open_weights(file, device="cpu"):
         raise ValueError(f"{file} is damaged or truncated: {error}") from None
 
 
-STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 
 
 def load_weights(cls, config, folder, device, dtype):
     """Build the model without memory, then give it the tensors of the files; names and shapes must match exactly.
 
     Files are memory-mapped and tensors go to `device` and `dtype` one by one: there is never a second copy of them."""
+    files = weight_files(folder)
+    layers = {name: value for name, value in vars(config).items() if name.endswith("_layer")}
+    for name, value in layers.items():
+        if value > len(files):  # building so many, if only to compare them, could take all memory
+            raise ValueError(f"{folder}: {name} {value} cannot be, of the {len(files)} tensors in its files")
     try:
         with torch.device("meta"):
             model = cls(config)
-    except RuntimeError as error:  # sizes that no tensor can have
+    except (RuntimeError, TypeError, OverflowError) as error:  # sizes that no tensor can have
         raise ValueError(f"{folder}: the configuration cannot be built: {error}") from None
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    optional = set(rope_buffers(config)) if cls is DiT else set()
-    files = weight_files(folder)
+    optional = set(rope_names(config)) if cls is DiT else set()
     missing, extra = sorted(expected.keys() - files.keys()), sorted(files.keys() - expected.keys() - optional)
     if missing or extra:
         count = f"{len(missing)} tensors are missing and {len(extra)} are unknown"
@@ -175,6 +189,8 @@ def load_weights(cls, config, folder, device, dtype):
                 shape = tuple(stored.get_shape())
                 if shape != expected[name]:
                     raise ValueError(f"{file}: {name} has shape {shape}, the configuration asks for {expected[name]}")
+                if stored.get_dtype() not in STORED_DTYPES.values():
+                    raise ValueError(f"{file}: {name} holds {stored.get_dtype()}, not numbers with a fraction")
                 if stored.get_dtype() == STORED_DTYPES.get(dtype):  # on a CPU a view of the file, read when it is used
                     state[name] = tensors.get_tensor(name)
         for name in (n for n in expected if files[n] == file and n not in state):
@@ -185,8 +201,11 @@ def load_weights(cls, config, folder, device, dtype):
 
 
 def save_weights(state, raw_config, folder, dtype):
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} is not finite in {dtype}: this model is broken, and not written to {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
     raw_config = raw_config | dict(dtype=str(dtype).removeprefix("torch."))
     with replacing(folder / "model.safetensors") as temporary:
         try:
@@ -195,7 +214,7 @@ def save_weights(state, raw_config, folder, dtype):
             raise OSError(f"could not write {folder}: {error}") from None
     (folder / "model.safetensors.index.json").unlink(missing_ok=True)  # or the shards of an older model would be read
     with replacing(folder / "config.json") as temporary:
-        temporary.write_text(json.dumps(raw_config, indent=2, sort_keys=True) + "\n")
+        temporary.write_text(json.dumps(raw_config, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
 def find_tokenizer(folder, vocab_size, required=False):
@@ -204,6 +223,7 @@ def find_tokenizer(folder, vocab_size, required=False):
     folder = Path(folder)
     for place in (folder, folder / "cola_dit", folder / "cola_vae", folder.resolve().parent):
         if (place / "tokenizer.json").exists():
+            check_regular(place / "tokenizer.json")
             tokenizer = load_tokenizer(str(place / "tokenizer.json"))
             if tokenizer.n_vocab > vocab_size:
                 raise ValueError(f"{place}/tokenizer.json has {tokenizer.n_vocab} ids, the model {vocab_size}")

@@ -1,6 +1,8 @@
 """Generation and checkpoints: what a user of ColaDLM relies on."""
 
 import json
+import math
+import os
 import shutil
 import subprocess
 import sys
@@ -354,6 +356,64 @@ def test_sharded_files(folder):
         ColaDLM.from_pretrained(folder)
 
 
+def with_index(folder, name):
+    """All tensors of the prior are in the file of this name, as an index says."""
+    part = folder / "cola_dit"
+    weight_map = dict.fromkeys(load_file(part / "model.safetensors"), name)
+    (part / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=weight_map)))
+    return part
+
+
+@pytest.mark.parametrize("name", ["../a.safetensors", "{}/a.safetensors", "", "..", ".", "b/a.safetensors", "a.json"])
+def test_an_index_leads_to_no_other_folder(folder, name):
+    name = name.format(folder)
+    part = with_index(folder, name)
+    (part / "b").mkdir()
+    for place in (folder, part / "b"):
+        shutil.copy(part / "model.safetensors", place / "a.safetensors")
+    shutil.copy(part / "model.safetensors", part / "a.json")
+    with pytest.raises(ValueError, match="must be a .safetensors file in that folder"):
+        ColaDLM.from_pretrained(folder)
+
+
+def test_links_to_files_are_files(folder):
+    """As in the cache of Hugging Face, whose blobs lie in another folder."""
+    expected = ColaDLM.from_pretrained(folder).state_dict()
+    part = with_index(folder, "a.safetensors")
+    (folder / "blobs").mkdir()
+    for name, blob in {"a.safetensors": "model.safetensors", "config.json": "config.json"}.items():
+        (part / blob).rename(folder / "blobs" / blob)
+        (part / name).symlink_to(Path("..") / "blobs" / blob)
+    loaded = ColaDLM.from_pretrained(folder).state_dict()
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link to a device"])
+@pytest.mark.parametrize("name", [*FILES, "model.safetensors.index.json", "../tokenizer.json"])
+def test_what_is_no_file_is_not_opened(folder, name, kind):
+    """Opening a pipe would wait for ever."""
+    file = folder / "cola_vae" / name
+    file.unlink(missing_ok=True)
+    {"pipe": os.mkfifo, "folder": Path.mkdir, "link to a device": lambda f: f.symlink_to("/dev/zero")}[kind](file)
+    with pytest.raises(ValueError, match=f"{Path(name).name} is not a file but a folder, a pipe or a device$"):
+        ColaDLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("value, dtype", [(math.nan, torch.float32), (-math.inf, torch.bfloat16), (1e5, torch.float16)])
+def test_weights_that_are_not_finite_are_not_saved(folder, speaking_model, value, dtype):
+    before = (folder / "cola_dit" / "model.safetensors").read_bytes()
+    bias = speaking_model.dit.txt_in.proj.bias
+    old = bias[0].item()
+    bias.data[0] = value
+    try:
+        for place in (folder, folder / "new"):
+            with pytest.raises(ValueError, match=f"^txt_in.proj.bias is not finite in {dtype}"):
+                released_format.save_dit(speaking_model.dit, place, dtype)
+    finally:
+        bias.data[0] = old
+    assert (folder / "cola_dit" / "model.safetensors").read_bytes() == before and not (folder / "new").exists()
+
+
 def edit_weights(folder, change):
     file = folder / "cola_dit" / "model.safetensors"
     tensors = load_file(file)
@@ -367,6 +427,7 @@ def edit_weights(folder, change):
         (lambda t: t.pop("txt_in.proj.bias"), "1 tensors are missing and 0 are unknown, first txt_in.proj.bias"),
         (lambda t: t.update(extra=torch.zeros(1)), "0 tensors are missing and 1 are unknown, first extra"),
         (lambda t: t.update({"txt_in.proj.bias": torch.zeros(3)}), r"txt_in.proj.bias has shape \(3,\)"),
+        (lambda t: t.update({"txt_in.proj.bias": t["txt_in.proj.bias"].int()}), "txt_in.proj.bias holds I32, not"),
     ],
 )
 def test_loading_is_strict(folder, change, message):
@@ -396,7 +457,12 @@ def test_damaged_files(folder):
         (json.dumps(good | dict(num_heads=0)), "n_head 0 must be at least 1"),
         (json.dumps(good | dict(dim=32.0)), "dim 32.0 must be of type int"),
         (json.dumps(good | dict(layer_norm_eps=float("nan"))), "norm_eps nan must be a positive number"),
-        (json.dumps(good | dict(dim=2**60, num_heads=1)), "the configuration cannot be built"),
+        ("[" * 100_000, "not valid JSON"),
+        (json.dumps(good | dict(dim=2**63)), f"dim {2**63} must be at least 1 and at most {2**31}$"),
+        (json.dumps(good | dict(dim=1e30)), r"dim 1e\+30 must be of type int$"),
+        (json.dumps(good | dict(rope_theta=10**400)), "rope_theta 10{17}[.]{3}0{19} must be a positive number"),
+        (json.dumps(good | dict(dim=2**31, ffn_dim=2**31, num_heads=1)), "the configuration cannot be built"),
+        (json.dumps(good | dict(encoder_num_blocks=100_000)), "n_encoder_layer 100000 cannot be, of the .. tensors"),
     ]:
         config.write_text(content)
         with pytest.raises(ValueError, match=message):

@@ -409,7 +409,7 @@ def test_unsupported_options_are_refused(tmp_path, part, key, value):
     ColaDLM(small_vae(), small_dit()).save_pretrained(tmp_path)
     file = tmp_path / part / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
-    with pytest.raises(ValueError, match=f"{key} = {value} is not supported"):
+    with pytest.raises(ValueError, match=f"{key} = {value!r} is not supported"):
         ColaDLM.from_pretrained(tmp_path)
 
 

@@ -12,6 +12,7 @@ import sys
 from itertools import pairwise
 
 import autoregressive
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -414,6 +415,30 @@ def test_options_with_several_values():
     assert options.data == ("a", "b") and given == {"data"}
 
 
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("steps", 2**31 + 1, "steps 2147483649 is out of range: it must be at most 2147483648"),
+        ("steps", True, "steps True must be an integer"),
+        ("lr", "0.1", "lr '0.1' must be a number"),
+        ("lr", 10**400, "is out of range: it must be a finite number of at most 2147483648"),
+        ("fsdp", 1, "fsdp 1 must be true or false"),
+        ("out", None, "out None must be a text"),
+        ("optimizer", ["muon"], "optimizer ['muon'] must be a text"),
+        ("data", "names", "data 'names' must be a list of values"),
+        ("data", (1,), "data 1 must be a text"),
+        ("steps", (1,), "steps (1,) must be one value"),
+    ],
+)
+def test_values_from_a_file_are_held_to_the_ranges_of_the_command_line(name, value, message):
+    with pytest.raises(ValueError, match=re.escape(message) + "$"):
+        common.check_range(train_vae.Options, {name: value})
+
+
+def test_numpy_numbers_are_numbers():
+    common.check_range(train_vae.Options, dict(steps=np.int64(3), lr=np.float32(0.1)))
+
+
 SCRIPTS = ["train_vae.py", "train_prior.py", "sample.py", "data.py", "measure.judge", "measure.evaluate"]
 SCRIPTS += ["measure.bench", "extras.definitions"]
 
@@ -460,7 +485,8 @@ def test_help_lists_every_option_with_its_default(script, tmp_path):
         ("train_prior.py", "--vae {trained}/runs/vae --data {text}/tokens", "the text was tokenized differently"),
         ("sample.py", "--model nowhere", "nowhere/cola_vae/config.json does not exist"),
         ("sample.py", "--model {trained}/runs/cola --top-p 2", "--top-p 2.0 is out of range"),
-        ("sample.py", "--model {trained}/runs/cola --max-new-tokens 1000000000000", "not enough memory"),
+        ("sample.py", "--model {trained}/runs/cola --max-new-tokens 2000000000", "not enough memory"),
+        ("sample.py", "--model {trained}/runs/cola --max-new-tokens 3000000000", "it must be at most 2147483648"),
         ("sample.py", "--model {trained}/runs/cola --cfg-scale 1e300", "--cfg-scale 1e+300 is out of range"),
         ("sample.py", "--model {trained}/runs/cola --device hpu", "only cpu, cuda and mps"),
         (
@@ -705,6 +731,24 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path):
         temporary.write_text("half")
         raise RuntimeError
     assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, name=name, real=real: calls.append(name) or real(*args))
+    with common.replacing(tmp_path / "a") as temporary:
+        temporary.write_text("new")
+    assert calls == ["fsync", "replace", "fsync"]  # the last of the folder
+
+    def full(descriptor):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space"), common.replacing(tmp_path / "a") as temporary:
+        temporary.write_text("newer")
+    assert (tmp_path / "a").read_text() == "new"
 
 
 def test_learning_rate():
