@@ -14,6 +14,11 @@ PRIOR_SIZE = "--dim 32 --n-head 2 --n-layer 1"
 COMMON = "--device cpu --precision fp32 --batch-size 4 --seq-len 32"
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: minutes; left out unless -m says otherwise")
+    config.option.markexpr = config.option.markexpr or "not slow"
+
+
 @pytest.fixture
 def generated_latents(monkeypatch):
     """A function (model, **options of generate) -> the latents of every block, (B, block_size, d) each."""
