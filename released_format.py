@@ -98,14 +98,15 @@ def rope_names(config):
 
 
 def to_config(cls, raw, names, fixed, folder):
+    fields = {f.name: names.get(f.name, f.name) for f in dataclasses.fields(cls)}
+    try:
+        config = cls(**{ours: raw[theirs] for ours, theirs in fields.items() if theirs in raw})
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
     for name, value in fixed.items():
         if raw.get(name, value) != value:
             raise ValueError(f"{folder}: {name} = {reprlib.repr(raw[name])} is not supported, only {value!r}")
-    fields = {f.name: names.get(f.name, f.name) for f in dataclasses.fields(cls)}
-    try:
-        return cls(**{ours: raw[theirs] for ours, theirs in fields.items() if theirs in raw})
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
+    return config
 
 
 def to_raw(config, names):
@@ -163,10 +164,9 @@ def load_weights(cls, config, folder, device, dtype):
 
     Files are memory-mapped and tensors go to `device` and `dtype` one by one: there is never a second copy of them."""
     files = weight_files(folder)
-    layers = {name: value for name, value in vars(config).items() if name.endswith("_layer")}
-    for name, value in layers.items():
-        if value > len(files):  # building so many, if only to compare them, could take all memory
-            raise ValueError(f"{folder}: {name} {value} cannot be, of the {len(files)} tensors in its files")
+    for name, value in vars(config).items():
+        if name.endswith("_layer") and value > len(files):  # even without memory, building so many would take hours
+            raise ValueError(f"{folder}: {name} {value} is more than the {len(files)} tensors of its files")
     try:
         with torch.device("meta"):
             model = cls(config)
@@ -189,8 +189,8 @@ def load_weights(cls, config, folder, device, dtype):
                 shape = tuple(stored.get_shape())
                 if shape != expected[name]:
                     raise ValueError(f"{file}: {name} has shape {shape}, the configuration asks for {expected[name]}")
-                if stored.get_dtype() not in STORED_DTYPES.values():
-                    raise ValueError(f"{file}: {name} holds {stored.get_dtype()}, not numbers with a fraction")
+                if stored.get_dtype() not in (allowed := [*STORED_DTYPES.values()]):
+                    raise ValueError(f"{file}: {name} holds {stored.get_dtype()}, only {', '.join(allowed)} are read")
                 if stored.get_dtype() == STORED_DTYPES.get(dtype):  # on a CPU a view of the file, read when it is used
                     state[name] = tensors.get_tensor(name)
         for name in (n for n in expected if files[n] == file and n not in state):

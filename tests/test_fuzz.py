@@ -216,8 +216,9 @@ def sampling(rng, folder):
     values = [*VALUES, 2, 3, [0], [5, 6], [2**40, 1], (1,), range(2), np.float32(2), np.int64(3), 2**32 + 1]
     settings = {name: rng.choice(values) for name in rng.choices(names, k=rng.randrange(1, 4))}
     settings |= dict(max_new_tokens=3, steps=1)
-    prompt = rng.choice([*VALUES, [1, 2], [299], [300], [-1], np.array([1, 2]), [np.int32(4)], [1.0], "the cat"])
-    ColaDLM.from_pretrained(folder).generate(rng.choice([[prompt], [prompt, "the"], prompt]), **settings)
+    prompt = rng.choice([*VALUES, [299], [300], [-1], np.array([1, 2]), [np.int32(4)], [1.0], [True], " " * 300])
+    given = rng.choice([["the"], [[1, 2], "the"], [[1, 2], [], [3]], [prompt], ["the", prompt], prompt])
+    ColaDLM.from_pretrained(folder).generate(given, **settings)
 
 
 def options(rng, folder):

@@ -427,7 +427,7 @@ def edit_weights(folder, change):
         (lambda t: t.pop("txt_in.proj.bias"), "1 tensors are missing and 0 are unknown, first txt_in.proj.bias"),
         (lambda t: t.update(extra=torch.zeros(1)), "0 tensors are missing and 1 are unknown, first extra"),
         (lambda t: t.update({"txt_in.proj.bias": torch.zeros(3)}), r"txt_in.proj.bias has shape \(3,\)"),
-        (lambda t: t.update({"txt_in.proj.bias": t["txt_in.proj.bias"].int()}), "txt_in.proj.bias holds I32, not"),
+        (lambda t: t.update({"txt_in.proj.bias": t["txt_in.proj.bias"].int()}), "bias holds I32, only F32, "),
     ],
 )
 def test_loading_is_strict(folder, change, message):
@@ -462,7 +462,7 @@ def test_damaged_files(folder):
         (json.dumps(good | dict(dim=1e30)), r"dim 1e\+30 must be of type int$"),
         (json.dumps(good | dict(rope_theta=10**400)), "rope_theta 10{17}[.]{3}0{19} must be a positive number"),
         (json.dumps(good | dict(dim=2**31, ffn_dim=2**31, num_heads=1)), "the configuration cannot be built"),
-        (json.dumps(good | dict(encoder_num_blocks=100_000)), "n_encoder_layer 100000 cannot be, of the .. tensors"),
+        (json.dumps(good | dict(encoder_num_blocks=100_000)), "n_encoder_layer 100000 is more than the .. tensors"),
     ]:
         config.write_text(content)
         with pytest.raises(ValueError, match=message):
