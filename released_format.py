@@ -9,6 +9,7 @@ import dataclasses
 import json
 import re
 import reprlib
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -53,7 +54,7 @@ DIT_FIXED = dict(patch_size=1)
 def load_vae_config(folder):
     """The VAEConfig in folder/cola_vae."""
     raw = read_json(Path(folder) / "cola_vae" / "config.json")
-    return to_config(VAEConfig, raw, VAE_NAMES, VAE_FIXED, folder)
+    return to_config(VAEConfig, raw, VAE_NAMES, VAE_FIXED, Path(folder) / "cola_vae")
 
 
 def load_vae(folder, device="cpu", dtype=torch.float32):
@@ -66,7 +67,7 @@ def load_dit_config(folder):
     raw = read_json(Path(folder) / "cola_dit" / "config.json")
     fixed = DIT_FIXED | dict(emb_dim=raw.get("txt_dim", DiTConfig.dim))
     fixed |= dict(txt_out_channels=raw.get("txt_in_channels", DiTConfig.latent_dim))
-    return to_config(DiTConfig, raw, DIT_NAMES, fixed, folder)
+    return to_config(DiTConfig, raw, DIT_NAMES, fixed, Path(folder) / "cola_dit")
 
 
 def load_dit(folder, device="cpu", dtype=torch.float32):
@@ -106,6 +107,11 @@ def to_config(cls, raw, names, fixed, folder):
     for name, value in fixed.items():
         if raw.get(name, value) != value:
             raise ValueError(f"{folder}: {name} = {reprlib.repr(raw[name])} is not supported, only {value!r}")
+    with suppress(FileNotFoundError):  # a run that has lost its weights can be resumed
+        n = len(weight_files(folder))
+        for name, value in vars(config).items():
+            if name.endswith("_layer") and value > n:  # whoever builds so many waits for hours
+                raise ValueError(f"{folder}: {name} {value} is more than the {n} tensors of its files")
     return config
 
 
@@ -164,9 +170,6 @@ def load_weights(cls, config, folder, device, dtype):
 
     Files are memory-mapped and tensors go to `device` and `dtype` one by one: there is never a second copy of them."""
     files = weight_files(folder)
-    for name, value in vars(config).items():
-        if name.endswith("_layer") and value > len(files):  # even without memory, building so many would take hours
-            raise ValueError(f"{folder}: {name} {value} is more than the {len(files)} tensors of its files")
     try:
         with torch.device("meta"):
             model = cls(config)

@@ -597,6 +597,16 @@ def test_a_run_edited_by_hand_is_checked_like_the_command_line(trained, tmp_path
         call(train_vae.main, "--resume --out out", monkeypatch, tmp_path)
 
 
+def test_more_layers_than_tensors_are_not_built(trained, tmp_path, monkeypatch):
+    shutil.copytree(trained / "runs" / "cola", tmp_path / "out")
+    file = tmp_path / "out" / "cola_dit" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(num_layers=100_000)))
+    monkeypatch.setattr(train_prior, "DiT", None)
+    for arguments in ("--resume --out out", f"--init out --data {trained}/runs/vae/data {COMMON}"):
+        with pytest.raises(ValueError, match="out/cola_dit: n_layer 100000 is more than the .. tensors of its files"):
+            call(train_prior.main, arguments, monkeypatch, tmp_path)
+
+
 def test_nothing_in_a_run_is_executed(trained):
     """No pickle: JSON, safetensors and text alone."""
     files = [f for name in ("vae", "cola", "joint") for f in (trained / "runs" / name).rglob("*") if f.is_file()]
