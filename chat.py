@@ -11,6 +11,9 @@ list as "messages".  What the model sees is
 Of each turn, all up to "Assistant: " is the prompt, and the answer with its end mark is the response, which is learned.
 """
 
+if __name__ == "__main__":
+    import extras.quiet  # noqa: F401
+
 import sys
 import zlib
 from dataclasses import dataclass

@@ -9,6 +9,7 @@ import numbers
 import os
 import re
 import reprlib
+import signal
 import stat
 import sys
 import time
@@ -208,6 +209,7 @@ def run_script(main):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which extras/quiet.py had put off
     try:
         main()
         if dist.is_initialized():

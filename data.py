@@ -7,6 +7,9 @@ Tokenizers are byte-level BPE on top of tiktoken: trained on the corpus, read fr
 tiktoken's own.  Token files are flat uint32 arrays (100,278 ids do not fit into 16 bits), memory-mapped.
 """
 
+if __name__ == "__main__":
+    import extras.quiet  # noqa: F401
+
 import codecs
 import contextlib
 import functools

@@ -8,6 +8,9 @@
     torchrun --nproc_per_node=8 sample.py             # the same samples, shared out over 8 devices
 """
 
+if __name__ == "__main__":
+    import extras.quiet  # noqa: F401
+
 import sys
 from dataclasses import dataclass
 from pathlib import Path

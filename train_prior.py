@@ -8,6 +8,9 @@
     torchrun --nproc_per_node=8 train_prior.py       # on 8 devices; with --fsdp, the model is shared out over them
 """
 
+if __name__ == "__main__":
+    import extras.quiet  # noqa: F401
+
 import copy
 from dataclasses import dataclass, replace
 from pathlib import Path

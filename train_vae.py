@@ -7,6 +7,9 @@
     torchrun --nproc_per_node=8 train_vae.py         # on 8 devices; with --fsdp, the model is shared out over them
 """
 
+if __name__ == "__main__":
+    import extras.quiet  # noqa: F401
+
 import math
 from dataclasses import asdict, dataclass
 

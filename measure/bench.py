@@ -14,6 +14,9 @@ rounding: all sequences of a batch as one long one under a dense mask, plain att
 every position, keys rotated anew in every step, guidance in two passes; and each of these alone.
 """
 
+if __name__ == "__main__":
+    import extras.quiet  # noqa: F401
+
 import json
 import time
 from dataclasses import asdict, dataclass

@@ -10,6 +10,9 @@ Element-wise work, norms and softmax are not counted, nor what activation checkp
 FLOPs of the model, as in MFU.
 """
 
+if __name__ == "__main__":
+    import extras.quiet  # noqa: F401
+
 import sys
 from dataclasses import dataclass
 

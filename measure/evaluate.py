@@ -11,6 +11,9 @@ likelihood.  Every figure has a standard error by the delete-a-group jackknife o
 for everything that is none), and says on how many sequences it rests.
 """
 
+if __name__ == "__main__":
+    import extras.quiet  # noqa: F401
+
 import importlib.util
 import json
 import math

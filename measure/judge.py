@@ -7,6 +7,9 @@ The judge is an n-gram model of the training text, and its bits per byte are the
 the table has held-out text, the same with its words shuffled, and samples of a bigram and a unigram model of the
 tokens.  Text can score well by repeating or reciting, so each row also says how varied it is and how much is new."""
 
+if __name__ == "__main__":
+    import extras.quiet  # noqa: F401
+
 import bisect
 import functools
 import math

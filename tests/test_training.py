@@ -527,6 +527,17 @@ def snapshot(folder):
     return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
+@pytest.mark.parametrize("script", ["train_vae.py", "train_prior.py", "sample.py", "chat.py", "data.py"])
+def test_an_interruption_while_pytorch_is_loaded(script, tmp_path):
+    command = [sys.executable, "-X", "importtime", ROOT / script]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        line = next(line for line in process.stderr if "quiet" in line or not line)
+        assert "extras.quiet" in line
+        process.send_signal(signal.SIGINT)
+        assert "Traceback" not in process.stderr.read()
+    assert process.returncode == -signal.SIGINT
+
+
 def test_a_character_that_the_terminal_lacks_ends_nothing(trained, tmp_path, monkeypatch):
     """In a real process, since this one has no such terminal."""
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")

@@ -1,0 +1,6 @@
+"""Imported first by every script: Ctrl-C while PyTorch is loaded ends it without a traceback.  After that,
+`common.run_script` says what was interrupted."""
+
+import signal
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)
