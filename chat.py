@@ -14,6 +14,7 @@ Of each turn, all up to "Assistant: " is the prompt, and the answer with its end
 if __name__ == "__main__":
     import extras.quiet  # noqa: F401
 
+import math
 import sys
 import zlib
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ import torch
 
 from cola import ColaDLM
 from common import TextOptions, option, parse_options, pick_device, run_script, sampling_precision
-from data import HELD_OUT, Writer, numbered_objects
+from data import HELD_OUT, Writer, decode_bytes, end_ids, numbered_objects
 from training import saved_options
 
 PROMPT, RESPONSE, PADDING = 0, 1, 2  # what a token of a row is
@@ -106,11 +107,15 @@ class Options(TextOptions):
 
 
 def answer(model, state, text, stop, settings):
-    """Yield the pieces of the answer to a text; `state`, of `ColaDLM.prefill`, keeps the conversation, the rest of a
-    block after a stop text included.  settings: of `ColaDLM.generate_blocks`."""
+    """Yield the pieces of the answer to a text; `state`, of `ColaDLM.prefill`, keeps the conversation, as far as it was
+    shown.  settings: of `ColaDLM.generate_blocks`.  Raises ValueError if the state has no room for it."""
     writer, written, shown = Writer(model.tokenizer, settings["eos_id"], settings["max_new_tokens"]), "", 0
-    ids = model.tokenizer.encode_ordinary(question(text))
+    ids, told = model.tokenizer.encode_ordinary(question(text)), state.text[0]
+    if told and told[-1] not in end_ids(settings["eos_id"]):  # the last answer was cut; in training each has its end
+        ids = [model.tokenizer.eot_token, *ids]
+    begin = len(told) + len(ids)
     for block in model.generate_blocks([ids], state=state, **settings):
+        before = len(written)
         written += writer.write(block.new[0], block.last)
         ends = [written.index(s) for s in stop if s and s in written]
         # What might be the beginning of a stop text waits for the next block.
@@ -118,7 +123,10 @@ def answer(model, state, text, stop, settings):
         end = min(ends) if ends else len(written) - (0 if writer.done else max(tails, default=0))
         yield written[shown:end]
         shown = max(shown, end)
-        if ends:
+        if ends:  # tokens of this block that were not shown are no history
+            told, first = state.text[0], max(begin, int(state.dit_cache.length[0]) * model.vae.config.patch_size)
+            while len(decode_bytes(model.tokenizer, told[first:]).decode(errors="replace")) > max(end - before, 0):
+                told.pop()
             return
 
 
@@ -130,19 +138,29 @@ def main():
     settings, n_turns = o.settings() | o.own_ids(model.tokenizer), 0
     new_state = partial(model.prefill, [[]], o.context * model.vae.config.patch_size, block_size=o.block_size)
     state = new_state()
-    if not saved_options(o.model).get("chat"):
-        print(f"{o.model} does not say that it was tuned with --chat: it may go on with your text rather than answer",
-              file=sys.stderr)  # fmt: skip
-    print('Ask something; "clear" begins anew, "quit" leaves.', file=sys.stderr)
+    saved = saved_options(o.model)
+    if not saved.get("chat"):
+        say(f"{o.model} does not say that it was tuned with --chat: it may go on with your text rather than answer")
+    say('Ask something; "clear" begins anew, "quit" leaves.')
     while (line := read_line()) is not None:
         if line == "clear":
             state, n_turns = new_state(), 0
         elif line:
-            with amp:
-                for piece in answer(model, state, line, o.stop, settings | dict(seed=(o.seed + n_turns) % 2**31)):
-                    print(piece, end="", flush=True)
-            print()
+            n_old = len(state.text[0])
+            try:
+                with amp:
+                    for piece in answer(model, state, line, o.stop, settings | dict(seed=(o.seed + n_turns) % 2**31)):
+                        print(piece, end="", flush=True)
+                print()
+            except ValueError as error:
+                say(f'{error}; "clear" begins anew, and a larger --context holds more')
             n_turns += 1
+            if n_old <= saved.get("seq_len", math.inf) < len(state.text[0]):
+                say(f"longer than the {saved['seq_len']} tokens of training: answers may get worse")
+
+
+def say(text):
+    print(text, file=sys.stderr)
 
 
 def read_line():

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 
@@ -23,6 +24,7 @@ from flow import guide, solve, solver_times
 from released_format import find_tokenizer, load_dit, load_vae, save_dit, save_vae
 from transformer import KVCache
 
+PREFILL = 1024  # latents of a prompt that are read at a time
 RELEASED = SamplingOptions(grid="uniform", eta=0.0, cfg_scale=7.0)  # the defaults of the library
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -38,8 +40,9 @@ def penalise(logits, seen, penalty):
 
 
 def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """Divide by the temperature, then keep the top_k largest logits (ties included; 0: all), then the smallest set of
-    tokens whose probability exceeds top_p (0 or 1: all).  The others become -inf.  logits (..., V)"""
+    """Divide by the temperature, then keep the top_k largest logits (ties included; 0: all), then the fewest tokens
+    whose probability is above top_p, as released, where others stop at top_p itself (0 or 1: all).  The rest become
+    -inf.  logits (..., V)"""
     logits = logits / temperature
     if top_k > 0:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
@@ -137,8 +140,7 @@ class ColaDLM(nn.Module):
         finished leave the batch together, when they are a quarter of it.
         pad_id: fills the prompt's last block for the encoder (where, in the released model, it matters); default the
         last id of the vocabulary.
-        row_ids: a row draws the noise of block b from a generator seeded seed + 1000 row_id + 10^7 b, as in the
-        released code, so it does not depend on the rest of the batch; default 0, 1, 2, ...
+        row_ids: which noise of the seed a row draws (`block_generators`), whatever its batch; default 0, 1, 2, ...
         noise: (n_blocks, B, block_size, d), where blocks begin, instead; generation ends with the last of them.
         state: of `prefill`, for one row: a text that `ids` continue.  It is moved on, and can be given again.
         watch(z, t, new): called after every step of the solver, with the latents (B, block_size, d) and the likeliest
@@ -156,11 +158,14 @@ class ColaDLM(nn.Module):
         shifted and scaled; and with patch_size 2 the second half of an odd prompt's last latent, which was encoded with
         padding there, is decoded like a new token (or, where it ends a block, passed over).
         """
-        o = replace(RELEASED, max_new_tokens=max_new_tokens, **options)
+        options = {key: x.item() if hasattr(x, "item") else x for key, x in options.items()}  # NumPy's numbers, too
+        o = replace(RELEASED, max_new_tokens=int(max_new_tokens), **options)
         check_range(SamplingOptions, asdict(o))
         if not ids:
             return
         c, row_ids = self.vae.config, list(range(len(ids)) if row_ids is None else row_ids)
+        if len(row_ids) != len(ids) or min(row_ids) < 0:
+            raise ValueError(f"row_ids must be {len(ids)} numbers from 0 on, one for each prompt, not {len(row_ids)}")
         block_size = o.block_size or self.dit.config.block_size
         shape, chunk = (block_size, c.latent_dim), block_size * c.patch_size
         left = [max_new_tokens] * len(ids)  # new tokens that each row still needs
@@ -185,6 +190,8 @@ class ColaDLM(nn.Module):
 
             # Latents to tokens, all of the block at once.
             logits = self.vae.decode(z, state.vae_cache).float()  # (B, chunk, V)
+            if not logits.isfinite().all():
+                raise ValueError("the logits are not finite: the weights are damaged, or too large for this dtype")
             if o.repetition_penalty != 1:
                 logits = penalise(logits, seen, o.repetition_penalty)
             uniform = torch.stack([torch.rand(chunk, generator=g) for g in generators]).to(self.device)
@@ -192,7 +199,7 @@ class ColaDLM(nn.Module):
             seen.scatter_(1, tokens, True)
             last = b == n_blocks - 1
             new = state.new_tokens(tokens)
-            state.add(z, new, ends)
+            state.add(z, new, ends, left)
             yield Block(z, new, last, state.rows)
 
             # The finished block becomes history, for the rows that go on.
@@ -227,37 +234,48 @@ class ColaDLM(nn.Module):
 
         # Whole blocks of a prompt are history; what is left over opens the first generated block.  (Of a prompt of 20
         # tokens, with blocks of 16, 16 are history and 4 are the first of the next block.)
-        n_old = 0 if state is None else -(-len(state.text[0]) // p)  # latents that are there already
+        if state is not None and (len(ids) != 1 or state.rows != [0] or int(state.dit_cache.length[0]) % block_size):
+            raise ValueError("a state continues one text, in blocks of the size that it was made with")
+        n_old = 0 if state is None else len(state.text[0]) // p  # latents, whole ones, that are there already
         ids = ids if state is None else [state.text[0] + ids[0]]
         n_latents = torch.tensor([-(-len(row) // p) for row in ids])  # (B,)
         n_history = n_latents // block_size * block_size  # (B,)
         n_known = [max(len(row) - int(h) * p, 0) for row, h in zip(ids, n_history, strict=True)]
         n_blocks = max(-(-(known + max_new_tokens) // (block_size * p)) for known in n_known)
-        max_len = int(n_history.max()) + n_blocks * block_size
+        end = int(n_history.max())
+        max_len = end + n_blocks * block_size
         if state is None:
             caches = self.new_dit_cache(len(ids), max_len), self.vae.new_cache(len(ids), max_len)
             state = Generation(list(range(len(ids))), *caches, n_blocks, n_known, ids)
-        elif max_len > state.dit_cache.max_len:
-            room = f"{max_len} latents are needed, there is room for {state.dit_cache.max_len}"
+        elif max_len > state.vae_cache.max_len:
+            room = f"{max_len} latents are needed, there is room for {state.vae_cache.max_len}"
             raise ValueError(f"this text has become too long: {room}")
-        state.n_blocks, state.n_known, state.text = n_blocks, n_known, [list(row) for row in ids]
-        state.is_known, state.known_z = None, None
+        # Half a latent that ends the history was encoded with padding, and keeps it.
+        state.text = [row + [pad_id] * (int(h) * p - len(row)) for row, h in zip(ids, n_history, strict=True)]
+        state.n_blocks, state.n_known, state.is_known, state.known_z = n_blocks, n_known, None, None
         if not any(ids):
             return state
 
         # The mean, not a sample: a prompt is known, and this is the likeliest latent of it.
-        padded = pad_rows(ids, math.lcm(c.block_size, block_size) * p, pad_id, self.device)
-        prompt_z = self.vae.to_dit(self.vae.encode(padded).mu)  # (B, n, d)
+        unit = math.lcm(c.block_size, block_size)
+        padded, step = pad_rows(ids, unit * p, pad_id, self.device), -(-PREFILL // unit) * unit
+        cache, mu = self.vae.new_cache(len(ids), padded.shape[1] // p, encoder=True), []
+        for part in padded.split(step * p, dim=1):
+            mu.append(self.vae.encode(part, cache).mu)
+            cache.commit(mu[-1].shape[1])
+        prompt_z = self.vae.to_dit(torch.cat(mu, dim=1))  # (B, n, d)
         start = int(state.dit_cache.length[0])  # 0, if this is the beginning
         if n_old > start:  # the last block was not finished
             prompt_z[:, start:n_old] = state.last_z[:, : n_old - start]
-        if (n_history > start).any():
-            history = prompt_z[:, start : int(n_history.max())]
+        while start < end:
+            history = prompt_z[:, start : min(start - start % step + step, end)]
             layout = self.dit.layout(history.shape[1], self.device, state.dit_cache, block_size=block_size)
             self.dit(history, torch.zeros(1, device=self.device), None, layout, state.dit_cache)
-            self.vae.decode(history, state.vae_cache, n_history if start == 0 else None)
-            state.dit_cache.commit(n_history - start)
-            state.vae_cache.commit(n_history - start)
+            self.vae.read(history, state.vae_cache, n_history)
+            state.dit_cache.commit(history.shape[1])
+            state.vae_cache.commit(history.shape[1])
+            start += history.shape[1]
+        state.dit_cache.length, state.vae_cache.length = n_history.clone(), n_history.clone()
         is_known = torch.arange(block_size) < (n_latents - n_history)[:, None]  # (B, block_size)
         if is_known.any():
             state.is_known = is_known.to(self.device)
@@ -346,11 +364,11 @@ class Generation:
         """The ids of a decoded block (B, L), those of the prompt excepted: a list for each row."""
         return [row[old:] for row, old in zip(tokens.tolist(), self.n_known, strict=True)]
 
-    def add(self, z, new, ends):
-        """Note the block z (B, block_size, d) and its new tokens, in each row up to one of the ids in `ends`."""
-        for row, tokens in zip(self.text, new, strict=True):
-            end = next((i + 1 for i, token in enumerate(tokens) if token in ends), None)
-            row.extend(tokens[:end])
+    def add(self, z, new, ends, left):
+        """Note the block z (B, block_size, d) and its new tokens: of each row those left, up to an id in `ends`."""
+        for row, text, tokens in zip(self.rows, self.text, new, strict=True):
+            end = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
+            text.extend(tokens[: max(min(end, left[row]), 0)])
         self.last_z = z
 
     def keep(self, kept):
@@ -372,8 +390,20 @@ class Block(NamedTuple):
 
 
 def block_generators(seed, row_ids, block):
-    """The random numbers of one block, a torch.Generator for each row."""
-    return [torch.Generator().manual_seed(seed + 1000 * i + 10_000_000 * block) for i in row_ids]
+    """The random numbers of one block, a torch.Generator for each row.
+
+    Seeded as in the released code, seed + 1000 row + 10^7 block, where these digits tell the three apart: up to seed
+    999, row 9,999 and block 428, where the 32 bits end that PyTorch uses of a seed.  Any other has a state of its own,
+    mixed from all three by NumPy, and so no noise is drawn twice."""
+    generators = []
+    for row in row_ids:
+        generators.append(torch.Generator().manual_seed((seed + 1000 * row + 10_000_000 * block) % 2**32))
+        if seed >= 1000 or row >= 10_000 or block > 428:
+            state = generators[-1].get_state()  # 24 bytes, then the 624 words of the Mersenne Twister, 8 bytes each
+            words = np.random.SeedSequence([block, seed, row]).generate_state(624)
+            state[24 : 24 + 8 * 624] = torch.from_numpy(words.astype(np.uint64).view(np.uint8))
+            generators[-1].set_state(state)
+    return generators
 
 
 def normal(shape, generators, device):

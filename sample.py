@@ -17,8 +17,9 @@ from pathlib import Path
 
 from cola import ColaDLM
 from common import TextOptions, option, parse_options, pick_device, run_script, sampling_precision
-from data import decode_bytes
+from data import decode_bytes, prompt_ids
 from processes import collect, join_processes, n_processes, rank
+from training import saved_options
 
 PRETRAINED = Path(__file__).parent / "pretrained"  # the small model that comes with the repository
 
@@ -64,6 +65,9 @@ def main():
     settings = o.settings() | o.own_ids(model.tokenizer) | ({} if o.stop_at_eos else dict(eos_id=None))
     prompts = [prompt for prompt in o.prompt for _ in range(o.num_samples)]
     settings["special_tokens"] = o.special_tokens
+    longest = max(map(len, prompt_ids(model.tokenizer, prompts)))
+    if longest > (trained := saved_options(folder).get("seq_len", longest)) and rank() == 0:
+        print(f"prompt of {longest} tokens, training had {trained}: the text may get worse", file=sys.stderr)
     if o.show_steps:
         if len(prompts) != 1:
             raise ValueError("--show-steps shows one sample: add --num-samples 1")

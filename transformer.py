@@ -111,7 +111,7 @@ def make_layout(n, block_size, rope, device, cache=None, copies=1, flex=False, l
     copies: the batch holds the rows of the cache so many times.  With guidance these are 2, first all conditional rows,
     then all unconditional ones: those behind the first copy have no history (see `attend`).
     flex: with a mask for FlexAttention; only without a cache.
-    lengths (B,), on the CPU: what lies behind the first so many latents of a row is hidden; only for an empty cache."""
+    lengths (B,), on the CPU: what lies behind the first so many latents of a row is hidden; for equal histories."""
     pos = torch.arange(n)[None] if cache is None else cache.positions(n)  # (1 or B, n)
     block, end = pos // block_size, int(pos.max()) + 1
     if cache is not None and end > cache.max_len:
@@ -122,9 +122,9 @@ def make_layout(n, block_size, rope, device, cache=None, copies=1, flex=False, l
         mask = block_mask(block, keys // block_size) & (keys <= pos[:, -1, None, None])  # nothing behind a row's end
         return Layout(rope(pos.repeat(copies, 1)), mask[:, None].to(device), pos.to(device), end=end)
     if lengths is not None and (lengths % block_size).any():  # otherwise they end with a block, and nothing is to hide
-        keys = torch.arange(n)
-        mask = block_mask(block, block) & (keys < lengths.clamp(min=1)[:, None, None])  # (B, n, n)
-        return Layout(rope(pos), mask[:, None].to(device), None, 0, end)
+        keys = torch.arange(end)
+        mask = block_mask(block, keys // block_size) & (keys < lengths.clamp(min=1)[:, None, None])  # (B, n, K)
+        return Layout(rope(pos), mask[:, None].to(device), None, int(pos[0, 0]), end)
     if block[0, 0] == block[0, -1]:  # one block, which sees itself and the whole history
         mask = None
     elif flex:

@@ -215,8 +215,9 @@ class TextVAE(nn.Module):
             x = run_block(block, self.checkpointing, x, layout, cache)
         return x
 
-    def encode(self, idx):
-        """idx (B, L) token ids, L a multiple of patch_size -> Posterior of mu, logvar (B, L/p, d).
+    def encode(self, idx, cache=None):
+        """idx (B, L) token ids, L a multiple of patch_size -> Posterior of mu, logvar (B, L/p, d).  With a cache, idx
+        continues the text held there.
 
         Rows of different lengths are padded on the right.  No mask is needed for that: a block never sees later
         blocks.  Padding inside the last block of a text does change that block, as in the released model.
@@ -226,7 +227,7 @@ class TextVAE(nn.Module):
             raise ValueError(f"{idx.shape[1]} tokens are not a multiple of patch_size {c.patch_size}")
         x = self.encoder.wte(idx)  # (B, L, C)
         x = self.encoder.patch_embedder(x.transpose(1, 2)).transpose(1, 2)  # (B, n, C)
-        x = self.transform(x, self.encoder.blocks, self.layout(x.shape[1], x.device))
+        x = self.transform(x, self.encoder.blocks, self.layout(x.shape[1], x.device, cache), cache)
         x = self.encoder.final_layer(x).float()  # (B, n, 2d); from here on in fp32, whatever the precision before
         if not c.use_variation:
             return Posterior(F.layer_norm(x, (c.latent_dim,), eps=c.norm_eps))
@@ -278,10 +279,11 @@ class TextVAE(nn.Module):
         """log p of token ids (N,) from what `read` returned (N, C)."""
         return -F.cross_entropy(self.decoder.final_layer(x).float(), idx, reduction="none")
 
-    def new_cache(self, batch_size, max_len):
-        """A cache for `decode` that holds max_len latents a row."""
+    def new_cache(self, batch_size, max_len, encoder=False):
+        """A cache for `decode`, or for `encode`, that holds max_len latents a row."""
         c, weight = self.config, self.decoder.in_layer.weight
-        return KVCache(c.n_decoder_layer, batch_size, c.n_head, max_len, c.dim // c.n_head, weight.device, weight.dtype)
+        n_layer = c.n_encoder_layer if encoder else c.n_decoder_layer
+        return KVCache(n_layer, batch_size, c.n_head, max_len, c.dim // c.n_head, weight.device, weight.dtype)
 
 
 def reconstruction_loss(vae, z0, idx, decoder_noise=0.0, generator=None):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from conftest import call
 
 import chat
 import cola
+import data
 import train_prior
 import train_vae
 from cola import ColaDLM
@@ -133,21 +135,68 @@ def test_a_conversation_is_kept(trained, monkeypatch):
             list(model.generate_blocks([second], state=state, **options))
 
 
-def test_stop_texts(monkeypatch):
-    """An answer ends before one, also where two blocks share it; what only looks like its beginning is said."""
-    tokenizer = train_bpe(["hi ho"], 258)
+class Model:
+    """Says these texts, one a block, and keeps them in a state like that of `ColaDLM.prefill`."""
 
-    class Model:
-        def __init__(self, *blocks):
-            self.tokenizer, self.blocks = tokenizer, blocks
+    vae = SimpleNamespace(config=SimpleNamespace(patch_size=1))
 
-        def generate_blocks(self, ids, **settings):
-            for i, text in enumerate(self.blocks):
-                yield cola.Block(None, [tokenizer.encode(text)], i == len(self.blocks) - 1, [0])
+    def __init__(self, *blocks):
+        self.tokenizer, self.blocks = train_bpe(["hi ho"], 258), blocks
+        self.state = SimpleNamespace(text=[[]], dit_cache=SimpleNamespace(length=[0]))
 
-    for blocks, wanted in [(("yes Us", "er: no"), "yes "), (("yes Us", "ual"), "yes Usual"), (("a", "b U"), "ab U")]:
-        pieces = list(chat.answer(Model(*blocks), None, "?", ["User:"], dict(max_new_tokens=99, eos_id=None)))
-        assert "".join(pieces) == wanted
+    def generate_blocks(self, ids, state, **settings):
+        state.text[0] += ids[0]
+        for i, text in enumerate(self.blocks):
+            state.dit_cache.length = [len(state.text[0])]
+            state.text[0] += self.tokenizer.encode(text, allowed_special="all")
+            new = self.tokenizer.encode(text, allowed_special="all")
+            yield cola.Block(None, [new], i == len(self.blocks) - 1, [0])
+
+    def answer(self, text, eos_id=None):
+        return "".join(chat.answer(self, self.state, text, ["User:"], dict(max_new_tokens=99, eos_id=eos_id)))
+
+
+def test_stop_texts():
+    """An answer ends before one, also where two blocks share it; what only looks like its beginning is said.  What was
+    not said is no history, as far as it is not that of a finished block."""
+    for blocks, wanted, kept in [
+        (("yes Us", "er: no"), "yes ", "yes Us"),
+        (("a", "yes User: no"), "ayes ", "ayes "),
+        (("é", "é User: é"), "éé ", "éé "),
+        (("yes Us", "ual"), "yes Usual", "yes Usual"),
+        (("a", "b U"), "ab U", "ab U"),
+    ]:
+        model = Model(*blocks)
+        assert model.answer("?") == wanted
+        assert model.state.text == [list((chat.question("?") + kept).encode())]
+
+
+def test_a_conversation_reads_as_in_training(tmp_path):
+    """Each answer has its end mark, whether the model set one or was cut; another id that ends texts will do."""
+    model = Model("ho")
+    eos = model.tokenizer.eot_token
+    for blocks in [("ho",), (f"ho{data.END_OF_TEXT}",), ("ho User: so",)]:
+        model = Model(*blocks)
+        assert [model.answer("hi", (1, eos)).strip(), model.answer("hi", (1, eos)).strip()] == ["ho", "ho"]
+        file = tmp_path / "chat.jsonl"
+        file.write_text(json.dumps([user("hi"), dict(role="assistant", content=blocks[0][:3].replace("<", ""))] * 2))
+        row = chat.open_chats([file], model.tokenizer, 64, 0)[0][1, 0].tolist()
+        assert model.state.text[0] == row[: len(model.state.text[0])] and len(model.state.text[0]) >= 44
+    model = Model("ho")
+    model.answer("hi")
+    assert model.answer("hi", ord("o")) == "h" and eos not in model.state.text[0]
+
+
+def test_a_conversation_that_becomes_too_long(trained, monkeypatch, capsys):
+    """Is told, and goes on after "clear"; beyond the length of training there is one line."""
+    script = iter(["x" * 16, "x" * 16, "clear", "x" * 16, "quit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(script))
+    call(chat.main, "--model runs/cola --context 60 --max-new-tokens 8 --steps 1 --device cpu", monkeypatch, trained)
+    shown = capsys.readouterr()
+    lines = [line for line in shown.err.splitlines() if "latents are needed" in line]
+    assert len(lines) == 1 and 'there is room for 60; "clear" begins anew, and a larger --context' in lines[0]
+    assert len(shown.out.splitlines()) >= 2
+    assert shown.err.count("longer than the 32 tokens of training") == 2  # once in each conversation
 
 
 def test_invented_answers_are_recalled(tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """Generation and checkpoints: what a user of ColaDLM relies on."""
 
+import gc
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, call
@@ -53,7 +55,7 @@ def test_a_row_does_not_depend_on_the_batch(model, options):
     options = dict(max_new_tokens=10, steps=3, **options)
     together = model.generate(PROMPTS, seed=5, **options)
     assert together == model.generate(PROMPTS, seed=5, **options)
-    alone = [model.generate([p], seed=5 + 1000 * i, **options)[0] for i, p in enumerate(PROMPTS)]
+    alone = [model.generate([p], seed=5, row_ids=[i], **options)[0] for i, p in enumerate(PROMPTS)]
     assert together == alone
     assert together != model.generate(PROMPTS, seed=6, **options)
 
@@ -119,7 +121,9 @@ def test_a_compiled_sampler_reuses_its_cache_and_few_batch_sizes(monkeypatch):
     for seed in (0, 1, 0):
         assert model.generate(prompts, eos_id=eos, seed=seed, **options) == wanted[seed]
     noise = torch.full((2, 6, BLOCK, d), float("nan"))
-    model.generate(prompts, noise=noise, **options)  # leaves nothing behind
+    with pytest.raises(ValueError, match="the logits are not finite"):
+        model.generate(prompts, noise=noise, **options)
+    gc.collect()  # the error held its generation, which leaves nothing behind
     assert model.generate(prompts, eos_id=eos, seed=0, **options) == wanted[0]
     assert len(made) == 1 and sizes <= {1, 2, 4, 6, 8, 12} and len(sizes) > 2
     streams = [model.stream(prompts, eos_id=eos, seed=seed, **options) for seed in (0, 1)]
@@ -259,7 +263,7 @@ def test_patches_of_two_tokens():
     options = dict(max_new_tokens=10, steps=2)
     together = model.generate(prompts, **options)
     assert [len(row) for row in together] == [10] * 4
-    assert together == [model.generate([p], seed=1000 * i, **options)[0] for i, p in enumerate(prompts)]
+    assert together == [model.generate([p], row_ids=[i], **options)[0] for i, p in enumerate(prompts)]
 
 
 def test_times_rounded_as_on_a_gpu_of_the_released_code(generated_latents):
@@ -284,6 +288,11 @@ def test_times_rounded_as_on_a_gpu_of_the_released_code(generated_latents):
         (dict(pad_id=V), f"token id {V} is outside the vocabulary"),
         (dict(noise=torch.zeros(1, 2, BLOCK, d)), "noise must be"),
         (dict(noise=torch.zeros(0, 1, BLOCK, d)), "noise must be"),
+        (dict(row_ids=[]), "row_ids must be 1 numbers from 0 on, one for each prompt"),
+        (dict(row_ids=[0, 1]), "row_ids must be 1 numbers from 0 on, one for each prompt"),
+        (dict(row_ids=[-1]), "row_ids must be 1 numbers from 0 on, one for each prompt"),
+        (dict(seed=2**32), "seed 4294967296 is out of range"),
+        (dict(steps=np.float32(2.5)), "steps 2.5 must be an integer"),
     ],
 )
 def test_options_out_of_range(model, options, message):
@@ -302,6 +311,139 @@ def test_bad_prompts(model):
     for prompts in ([5], [[1.5]], [None]):
         with pytest.raises(ValueError, match="every prompt must be a str or a list of token ids"):
             model.generate(prompts)
+
+
+def test_numbers_of_numpy(model):
+    plain = dict(max_new_tokens=5, steps=2, cfg_scale=3.0, seed=7)
+    kinds = dict(max_new_tokens=np.int64(5), steps=np.int32(2), cfg_scale=np.float32(3), seed=np.uint8(7))
+    assert model.generate(PROMPTS, **kinds) == model.generate(PROMPTS, **plain)
+
+
+@pytest.mark.parametrize("part", ["vae.decoder.final_layer.bias", "dit.txt_out.proj.weight"])
+def test_weights_that_are_not_finite(part):
+    model = ColaDLM(small_vae(), small_dit()).requires_grad_(False)
+    model.get_parameter(part)[0] = float("nan")
+    with pytest.raises(ValueError, match="the logits are not finite: the weights are damaged"):
+        model.generate([[1]], max_new_tokens=1, steps=1)
+
+
+def test_top_p_stops_above_its_number():
+    """At exactly top_p it takes one token more, as the released code does."""
+    logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
+    counts = [int(cola.filter_logits(logits, top_p=p).isfinite().sum()) for p in (0.49, 0.5, 0.51, 0.74, 0.75)]
+    assert counts == [1, 2, 2, 2, 3]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Noise
+
+
+def test_no_two_blocks_have_the_same_noise():
+    """The released seeds of these would be equal, in whole or in the 32 bits that PyTorch takes."""
+    blocks = [(0, 0, 0), (0, 0, 1), (0, 10_000, 0), (0, 1, 0), (1000, 0, 0), (0, 2**32, 0), (0, 0, 429), (0, 0, 430)]
+    blocks += [(4_290_000_000 - 2**31, 0, 0), (1000, 1, 0), (2000, 0, 0), (1000, 0, 1), (1000, 2**32, 0)]
+    blocks += [(704, 5032, 0), (0, 10_000, 1), (0, 20_000, 0)]  # 5032704 = 430 * 10^7 - 2^32
+    drawn = [cola.normal((4,), cola.block_generators(seed, [row], b), "cpu") for seed, row, b in blocks]
+    assert len(set(map(str, torch.stack(drawn).tolist()))) == len(blocks)
+
+
+def test_noise_is_that_of_the_released_code_while_its_seeds_differ():
+    for seed, row, block in [(0, 0, 0), (999, 9_999, 0), (7, 3, 428)]:
+        (generator,) = cola.block_generators(seed, [row], block)
+        assert generator.initial_seed() == seed + 1000 * row + 10_000_000 * block
+        expected = torch.Generator().manual_seed(generator.initial_seed())
+        assert torch.equal(torch.randn(9, generator=generator), torch.randn(9, generator=expected))
+
+
+def test_noise_of_other_seeds_comes_from_the_whole_state():
+    """Of NumPy's Mersenne Twister with the same state: PyTorch's numbers are the low 24 bits of its words."""
+    (generator,) = cola.block_generators(1000, [5], 3)
+    twister = np.random.MT19937()
+    words = np.random.SeedSequence([3, 1000, 5]).generate_state(624)
+    twister.state = dict(bit_generator="MT19937", state=dict(key=words, pos=624))
+    wanted = (twister.random_raw(2000) & 0xFFFFFF) / 2**24
+    assert torch.rand(2000, generator=generator).tolist() == wanted.tolist()
+    many = torch.randn(40_000, generator=generator)
+    assert abs(many.mean()) < 0.02 and abs(many.std() - 1) < 0.02
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Long prompts, and texts that go on
+
+
+@pytest.mark.parametrize("sizes", [dict(), dict(patch_size=2)])
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_a_prompt_in_pieces(sizes, size, monkeypatch):
+    """Read a few latents at a time, rows of any length have the history of one pass."""
+    model = ColaDLM(small_vae(**sizes), small_dit())
+    prompts = [[i % V for i in range(58)], [], [3] * 4, [5] * 17, [7] * 24]
+    wanted = model.prefill(prompts, block_size=size)
+    monkeypatch.setattr(cola, "PREFILL", 8)
+    lengths, real = [], model.vae.read
+    monkeypatch.setattr(model.vae, "read", lambda z, *rest: lengths.append(z.shape[1]) or real(z, *rest))
+    state = model.prefill(prompts, block_size=size)
+    assert len(lengths) > 1 and max(lengths) <= 8
+    assert state.n_known == wanted.n_known and state.text == wanted.text
+    for name in ("dit_cache", "vae_cache"):
+        ours, theirs = getattr(state, name), getattr(wanted, name)
+        assert torch.equal(ours.length, theirs.length)
+        for a, b in zip(ours.k + ours.v, theirs.k + theirs.v, strict=True):
+            for row, n in enumerate(ours.length):
+                torch.testing.assert_close(a[row, :, :n], b[row, :, :n], atol=1e-5, rtol=1e-5)
+    if wanted.known_z is not None:
+        known = wanted.is_known
+        assert torch.equal(state.is_known, known)
+        torch.testing.assert_close(state.known_z[known], wanted.known_z[known], atol=1e-5, rtol=1e-5)
+
+
+def test_pieces_end_where_blocks_of_the_vae_do(model, monkeypatch):
+    """Also behind a beginning that does not."""
+    def read(piece):
+        monkeypatch.setattr(cola, "PREFILL", piece)
+        return model.prefill([[2] * 30], block_size=1, state=model.prefill([[1] * 5], 40, block_size=1)).vae_cache
+
+    for ours, theirs in zip(read(BLOCK).v, read(100).v, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("patch_size", [1, 2])
+@pytest.mark.parametrize("n_prompt", [0, 2, 3, 7, 8])
+@pytest.mark.parametrize("n_new", [0, 3, 5])
+def test_a_text_goes_on(patch_size, n_prompt, n_new, monkeypatch):
+    """From the state of its beginning, an open block or half a latent included: what has latents keeps them."""
+    model = ColaDLM(small_vae(patch_size=patch_size), small_dit())
+    options = dict(max_new_tokens=max(n_new, 1), steps=2)
+    state = model.prefill([list(range(n_prompt))], 40)
+    blocks = list(model.generate_blocks([[]], state=state, **options)) if n_new else []
+    n_history = -(-n_prompt // patch_size) // BLOCK * BLOCK
+    prompt = [*range(n_prompt), *[V - 1] * (2 * BLOCK * patch_size - n_prompt)]
+    text = state.text[0].copy()
+    said = sum((block.new[0] for block in blocks), [])[:n_new]
+    assert text == prompt[: max(n_prompt, n_history * patch_size)] + said  # padding, if the history ends in half
+    before = model.vae.to_dit(model.vae.encode(torch.tensor([prompt])).mu)
+    if blocks:
+        before = torch.cat([before[:, :n_history]] + [block.z for block in blocks], dim=1)
+    kept = before[:, : len(text) // patch_size]
+    again = list(model.generate_blocks([[11, 12, 13]], state=state, **options))
+    real = model.vae.to_dit
+    monkeypatch.setattr(model.vae, "to_dit", lambda z: torch.cat([kept, real(z)[:, kept.shape[1] :]], dim=1))
+    fresh = list(model.generate_blocks([text + [11, 12, 13]], **options))
+    for a, b in zip(again, fresh, strict=True):
+        torch.testing.assert_close(a.z, b.z, atol=1e-4, rtol=1e-4)
+        assert a.new == b.new
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_text_that_cannot_go_on(model, compiled):
+    model = CompiledColaDLM(model, backend="eager") if compiled else model
+    options = dict(max_new_tokens=BLOCK, steps=1)
+    with pytest.raises(ValueError, match="12 latents are needed, there is room for 8"):
+        list(model.generate_blocks([[1] * 8], state=model.prefill([[]], 8), **options))
+    for state, prompts in [(model.prefill([[1], [2]]), [[3]]), (model.prefill([[1]]), [[3], [4]])]:
+        with pytest.raises(ValueError, match="a state continues one text, in blocks of the size"):
+            list(model.generate_blocks(prompts, state=state, **options))
+    with pytest.raises(ValueError, match="a state continues one text, in blocks of the size"):
+        list(model.generate_blocks([[3]], block_size=4, state=model.prefill([[1]], block_size=1), **options))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
