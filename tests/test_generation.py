@@ -398,9 +398,11 @@ def test_a_prompt_in_pieces(sizes, size, monkeypatch):
 
 def test_pieces_end_where_blocks_of_the_vae_do(model, monkeypatch):
     """Also behind a beginning that does not."""
+
     def read(piece):
         monkeypatch.setattr(cola, "PREFILL", piece)
-        return model.prefill([[2] * 30], block_size=1, state=model.prefill([[1] * 5], 40, block_size=1)).vae_cache
+        state = model.prefill([[1] * 5], 40, block_size=1)
+        return model.prefill([[2] * 30], 1, block_size=1, state=state).vae_cache
 
     for ours, theirs in zip(read(BLOCK).v, read(100).v, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
