@@ -158,8 +158,8 @@ class ColaDLM(nn.Module):
         shifted and scaled; and with patch_size 2 the second half of an odd prompt's last latent, which was encoded with
         padding there, is decoded like a new token (or, where it ends a block, passed over).
         """
-        options = {key: x.item() if hasattr(x, "item") else x for key, x in options.items()}  # NumPy's numbers, too
-        o = replace(RELEASED, max_new_tokens=int(max_new_tokens), **options)
+        options["max_new_tokens"] = max_new_tokens
+        o = replace(RELEASED, **{key: x.item() if hasattr(x, "item") else x for key, x in options.items()})  # of NumPy
         check_range(SamplingOptions, asdict(o))
         if not ids:
             return
@@ -168,8 +168,8 @@ class ColaDLM(nn.Module):
             raise ValueError(f"row_ids must be {len(ids)} numbers from 0 on, one for each prompt, not {len(row_ids)}")
         block_size = o.block_size or self.dit.config.block_size
         shape, chunk = (block_size, c.latent_dim), block_size * c.patch_size
-        left = [max_new_tokens] * len(ids)  # new tokens that each row still needs
-        ends, state = end_ids(eos_id), self.prefill(ids, max_new_tokens, pad_id, block_size, state=state)
+        left = [o.max_new_tokens] * len(ids)  # new tokens that each row still needs
+        ends, state = end_ids(eos_id), self.prefill(ids, o.max_new_tokens, pad_id, block_size, state=state)
         n_blocks = state.n_blocks
         if noise is not None:
             noise = torch.as_tensor(noise)

@@ -70,7 +70,10 @@ class SamplingOptions:
     grid: str = option("quantiles", "times of the steps; quantiles: of the times of training", choices=GRIDS)
     eta: float = option(1.0, "share of fresh noise in each step, as in DDIM; 0: the ODE", low=0.0, high=1.0)
     cfg_scale: float = option(
-        0.0, "guidance: how strongly the history steers; 1: none; 0: 4 in blocks of one, else 7", low=0.0, high=1e3
+        0.0,
+        "guidance: how strongly the history steers, from the second block on; 1: none; 0: 4 in blocks of one, else 7",
+        low=0.0,
+        high=1e3,
     )
     temperature: float = option(0.0, "of the tokens; 0 takes the likeliest", low=0.0)
     top_k: int = option(0, "keep the k likeliest tokens; 0 keeps all", low=0)

@@ -3,7 +3,8 @@
 import functools
 
 import torch
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
 
 @functools.lru_cache(maxsize=16)
@@ -20,7 +21,11 @@ def flex_mask(sees, block, noisy, device):
 
 
 def fast_flex_attention(q, k, v, mask):
-    """FlexAttention is a fast kernel only if compiled; in a compiled block it is anyway."""
+    """FlexAttention is a fast kernel only if compiled; in a compiled block it is anyway.  On a GPU it refuses heads of
+    fewer than 16 channels, which have a dense mask instead."""
+    if q.shape[-1] < 16:
+        dense = create_mask(mask.mask_mod, None, None, *mask.seq_lengths, q.device)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=dense)
     flex = compiled_flex_attention() if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
     return flex(q, k, v, block_mask=mask)
 

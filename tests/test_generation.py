@@ -292,6 +292,7 @@ def test_times_rounded_as_on_a_gpu_of_the_released_code(generated_latents):
         (dict(row_ids=[0, 1]), "row_ids must be 1 numbers from 0 on, one for each prompt"),
         (dict(row_ids=[-1]), "row_ids must be 1 numbers from 0 on, one for each prompt"),
         (dict(seed=2**32), "seed 4294967296 is out of range"),
+        (dict(max_new_tokens=2.5), "max_new_tokens 2.5 must be an integer"),
         (dict(steps=np.float32(2.5)), "steps 2.5 must be an integer"),
     ],
 )
