@@ -27,9 +27,6 @@ from transformer import KVCache
 PREFILL = 1024  # latents of a prompt that are read at a time
 RELEASED = SamplingOptions(grid="uniform", eta=0.0, cfg_scale=7.0)  # the defaults of the library
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Choosing tokens
-
 
 def penalise(logits, seen, penalty):
     """Repetition penalty: divide the positive and multiply the negative logits of every id already used.
@@ -64,16 +61,14 @@ def pick_tokens(logits, uniform, temperature, top_k, top_p):
     return drawn.clamp(max=logits.shape[-1] - 1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The model
-
-
 class ColaDLM(nn.Module):
     """A TextVAE, a DiT over its latents, and the tokenizer that belongs to them (None: token ids only)."""
 
     def __init__(self, vae, dit, tokenizer=None):
         super().__init__()
-        check_fit(vae.config, dit.config)
+        if vae.config.latent_dim != dit.config.latent_dim:
+            channels = f"{vae.config.latent_dim} channels in the VAE and {dit.config.latent_dim} in the prior"
+            raise ValueError(f"the VAE and the prior do not fit together: a latent has {channels}")
         self.vae, self.dit, self.tokenizer = vae, dit, tokenizer
 
     @property
@@ -89,8 +84,7 @@ class ColaDLM(nn.Module):
         return cls(vae, dit, find_tokenizer(folder, vae.config.vocab_size, with_tokenizer)).eval()
 
     def save_pretrained(self, folder, dtype=torch.float32):
-        """Write weights (in `dtype`), configurations and tokenizer in the released format, each file complete or not at
-        all."""
+        """Write weights (in `dtype`), configurations and tokenizer as released, each file complete or not at all."""
         save_vae(self.vae, folder, dtype)
         save_dit(self.dit, folder, dtype)
         if self.tokenizer is not None:
@@ -172,21 +166,22 @@ class ColaDLM(nn.Module):
         ends, state = end_ids(eos_id), self.prefill(ids, o.max_new_tokens, pad_id, block_size, state=state)
         n_blocks = state.n_blocks
         if noise is not None:
-            noise = torch.as_tensor(noise)
-            wanted = (len(ids), *shape)
+            noise, wanted = torch.as_tensor(noise), (len(ids), *shape)
             if noise.dim() != 4 or len(noise) == 0 or noise.shape[1:] != wanted:
                 raise ValueError(f"noise must be (n_blocks, *{wanted}), not {tuple(noise.shape)}")
             n_blocks = min(n_blocks, len(noise))
         times = solver_times(o.steps, o.grid, self.dit.config.t_loc, self.dit.config.t_scale)
         seen = torch.zeros(len(ids), c.vocab_size, dtype=torch.bool, device=self.device)  # predicted in earlier blocks
 
+        def tell(z, t):
+            watch(z, t, state.new_tokens(self.vae.decode(z, state.vae_cache).argmax(-1)))
+
         for b in range(n_blocks):
             # Noise to latents, given the history.
             generators = block_generators(o.seed, [row_ids[row] for row in state.rows], b)
             draw = partial(normal, shape, generators, self.device)
             z1 = draw() if noise is None else noise[b, state.rows].to(self.device, torch.float32)  # (B, block_size, d)
-            on_step = watch and partial(self.tell, watch, state)
-            z = self.next_block(state, z1, times, o.guidance(block_size), o.solver, o.eta, draw, on_step)
+            z = self.next_block(state, z1, times, o.guidance(block_size), o.solver, o.eta, draw, watch and tell)
 
             # Latents to tokens, all of the block at once.
             logits = self.vae.decode(z, state.vae_cache).float()  # (B, chunk, V)
@@ -201,7 +196,6 @@ class ColaDLM(nn.Module):
             new = state.new_tokens(tokens)
             state.add(z, new, ends, left)
             yield Block(z, new, last, state.rows)
-
             # The finished block becomes history, for the rows that go on.
             for row, ids_of_row in zip(state.rows, new, strict=True):
                 left[row] = 0 if ends & set(ids_of_row) else left[row] - len(ids_of_row)
@@ -213,10 +207,6 @@ class ColaDLM(nn.Module):
                 state.keep(kept)
                 z, seen = z[kept], seen[kept]
             self.append(state, z)
-
-    def tell(self, watch, state, z, t):
-        """Call watch(z, t, new) for an unfinished block z."""
-        watch(z, t, state.new_tokens(self.vae.decode(z, state.vae_cache).argmax(-1)))
 
     def kept_rows(self, going, n):
         """Which of n rows stay in the batch, if `going` are unfinished: all, until a quarter of them can leave."""
@@ -232,37 +222,31 @@ class ColaDLM(nn.Module):
         pad_id = c.vocab_size - 1 if pad_id is None else pad_id
         check_ids(ids + [[pad_id]], c.vocab_size)
 
-        # Whole blocks of a prompt are history; what is left over opens the first generated block.  (Of a prompt of 20
-        # tokens, with blocks of 16, 16 are history and 4 are the first of the next block.)
         if state is not None and (len(ids) != 1 or state.rows != [0] or int(state.dit_cache.length[0]) % block_size):
             raise ValueError("a state continues one text, in blocks of the size that it was made with")
         n_old = 0 if state is None else len(state.text[0]) // p  # latents, whole ones, that are there already
         ids = ids if state is None else [state.text[0] + ids[0]]
+        # Whole blocks of a prompt are history; what is left over opens the first generated block.
         n_latents = torch.tensor([-(-len(row) // p) for row in ids])  # (B,)
         n_history = n_latents // block_size * block_size  # (B,)
         n_known = [max(len(row) - int(h) * p, 0) for row, h in zip(ids, n_history, strict=True)]
         n_blocks = max(-(-(known + max_new_tokens) // (block_size * p)) for known in n_known)
-        end = int(n_history.max())
-        max_len = end + n_blocks * block_size
+        max_len = (end := int(n_history.max())) + n_blocks * block_size
         if state is None:
             caches = self.new_dit_cache(len(ids), max_len), self.vae.new_cache(len(ids), max_len)
             state = Generation(list(range(len(ids))), *caches, n_blocks, n_known, ids)
-        elif max_len > state.vae_cache.max_len:
-            room = f"{max_len} latents are needed, there is room for {state.vae_cache.max_len}"
-            raise ValueError(f"this text has become too long: {room}")
+        elif max_len > (room := state.vae_cache.max_len):
+            raise ValueError(f"this text has become too long: {max_len} latents are needed, there is room for {room}")
         # Half a latent that ends the history was encoded with padding, and keeps it.
         state.text = [row + [pad_id] * (int(h) * p - len(row)) for row, h in zip(ids, n_history, strict=True)]
         state.n_blocks, state.n_known, state.is_known, state.known_z = n_blocks, n_known, None, None
         if not any(ids):
             return state
-
         # The mean, not a sample: a prompt is known, and this is the likeliest latent of it.
         unit = math.lcm(c.block_size, block_size)
         padded, step = pad_rows(ids, unit * p, pad_id, self.device), -(-PREFILL // unit) * unit
-        cache, mu = self.vae.new_cache(len(ids), padded.shape[1] // p, encoder=True), []
-        for part in padded.split(step * p, dim=1):
-            mu.append(self.vae.encode(part, cache).mu)
-            cache.commit(mu[-1].shape[1])
+        cache = self.vae.new_cache(len(ids), padded.shape[1] // p, encoder=True)
+        mu = [self.vae.encode(part, cache).mu for part in padded.split(step * p, dim=1)]
         prompt_z = self.vae.to_dit(torch.cat(mu, dim=1))  # (B, n, d)
         start = int(state.dit_cache.length[0])  # 0, if this is the beginning
         if n_old > start:  # the last block was not finished
@@ -278,10 +262,8 @@ class ColaDLM(nn.Module):
         state.dit_cache.length, state.vae_cache.length = n_history.clone(), n_history.clone()
         is_known = torch.arange(block_size) < (n_latents - n_history)[:, None]  # (B, block_size)
         if is_known.any():
-            state.is_known = is_known.to(self.device)
-            state.known_z = torch.zeros(len(ids), block_size, c.latent_dim, device=self.device)
-            for i in is_known.any(1).nonzero()[:, 0].tolist():
-                state.known_z[i] = prompt_z[i, n_history[i] : n_history[i] + block_size]
+            at = (n_history[:, None] + torch.arange(block_size)).clamp(max=prompt_z.shape[1] - 1)
+            state.is_known, state.known_z = is_known.to(self.device), prompt_z[torch.arange(len(ids))[:, None], at]
         state.last_z = state.known_z  # of the open block, until it is generated
         return state
 
@@ -291,8 +273,7 @@ class ColaDLM(nn.Module):
         solver, eta, noise: of `flow.solve`; on_step(z, t): called after every step.
 
         "Clean repaint": latents that the prompt determines are clean (time 0) and do not move.
-        Rows without a history are not guided: there both branches are one and the same, and guidance would only amplify
-        rounding errors."""
+        Rows without a history are not guided, as released; by an open prompt they could be."""
         cache, is_known = state.dit_cache, state.is_known
         guided = (cache.length > 0) & (cfg_scale != 1)
         copies = 2 if guided.any() else 1
@@ -380,9 +361,7 @@ class Generation:
             self.is_known, self.known_z = self.is_known[kept], self.known_z[kept]
 
 
-class Block(NamedTuple):
-    """One generated block of all rows that are in the batch."""
-
+class Block(NamedTuple):  # one generated block of all rows that are in the batch
     z: torch.Tensor  # (B, block_size, d), in the units of the DiT
     new: list[list[int]]  # the tokens of each row, those of the prompt excepted
     last: bool  # no block will follow
@@ -392,17 +371,15 @@ class Block(NamedTuple):
 def block_generators(seed, row_ids, block):
     """The random numbers of one block, a torch.Generator for each row.
 
-    Seeded as in the released code, seed + 1000 row + 10^7 block, where these digits tell the three apart: up to seed
-    999, row 9,999 and block 428, where the 32 bits end that PyTorch uses of a seed.  Any other has a state of its own,
-    mixed from all three by NumPy, and so no noise is drawn twice."""
-    generators = []
-    for row in row_ids:
-        generators.append(torch.Generator().manual_seed((seed + 1000 * row + 10_000_000 * block) % 2**32))
+    Seeded as in the released code, seed + 1000 row + 10^7 block, while these digits and the 32 bits that PyTorch uses
+    of a seed tell the three apart; others have a state mixed from all three, so no noise is drawn twice."""
+    generators = [torch.Generator().manual_seed((seed + 1000 * i + 10_000_000 * block) % 2**32) for i in row_ids]
+    for generator, row in zip(generators, row_ids, strict=True):
         if seed >= 1000 or row >= 10_000 or block > 428:
-            state = generators[-1].get_state()  # 24 bytes, then the 624 words of the Mersenne Twister, 8 bytes each
-            words = np.random.SeedSequence([block, seed, row]).generate_state(624)
-            state[24 : 24 + 8 * 624] = torch.from_numpy(words.astype(np.uint64).view(np.uint8))
-            generators[-1].set_state(state)
+            words = np.random.SeedSequence([block, seed, row]).generate_state(624).astype(np.uint64)
+            state = generator.get_state()  # 24 bytes, then the 624 words of the Mersenne Twister, 8 bytes each
+            state[24 : 24 + words.nbytes] = torch.from_numpy(words.view(np.uint8))
+            generator.set_state(state)
     return generators
 
 
@@ -415,10 +392,3 @@ def pad_rows(ids, chunk, pad_id, device):
     """Lists of ids -> (B, L), padded on the right to the longest row and to a multiple of `chunk`."""
     length = -(-max(map(len, ids)) // chunk) * chunk
     return torch.tensor([row + [pad_id] * (length - len(row)) for row in ids], device=device)
-
-
-def check_fit(vae, dit):
-    """A prior belongs to the latents it was trained on."""
-    if vae.latent_dim != dit.latent_dim:
-        channels = f"{vae.latent_dim} channels in the VAE and {dit.latent_dim} in the prior"
-        raise ValueError(f"the VAE and the prior do not fit together: a latent has {channels}")

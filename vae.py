@@ -217,7 +217,7 @@ class TextVAE(nn.Module):
 
     def encode(self, idx, cache=None):
         """idx (B, L) token ids, L a multiple of patch_size -> Posterior of mu, logvar (B, L/p, d).  With a cache, idx
-        continues the text held there.
+        continues the text held there, and becomes part of it.
 
         Rows of different lengths are padded on the right.  No mask is needed for that: a block never sees later
         blocks.  Padding inside the last block of a text does change that block, as in the released model.
@@ -228,6 +228,8 @@ class TextVAE(nn.Module):
         x = self.encoder.wte(idx)  # (B, L, C)
         x = self.encoder.patch_embedder(x.transpose(1, 2)).transpose(1, 2)  # (B, n, C)
         x = self.transform(x, self.encoder.blocks, self.layout(x.shape[1], x.device, cache), cache)
+        if cache is not None:
+            cache.commit(x.shape[1])
         x = self.encoder.final_layer(x).float()  # (B, n, 2d); from here on in fp32, whatever the precision before
         if not c.use_variation:
             return Posterior(F.layer_norm(x, (c.latent_dim,), eps=c.norm_eps))

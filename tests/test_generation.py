@@ -21,6 +21,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 import cola
 import data
 import released_format
+import sample
 from cola import ColaDLM, Writer, pick_tokens
 from common import SamplingOptions
 from dit import DiT, DiTConfig
@@ -689,8 +690,6 @@ def test_blocks_of_every_size_have_the_velocity_of_training():
 
 def test_what_sample_hands_on(trained, monkeypatch, capsys):
     """Ids of padding and end, and fp32 weights with products in bf16, which is another text's worth of rounding."""
-    import sample
-
     seen = []
     real = ColaDLM.generate
 
@@ -709,6 +708,14 @@ def test_what_sample_hands_on(trained, monkeypatch, capsys):
         (7, [3, 4], True, torch.float32),
         (None, None, False, torch.bfloat16),
     ]
+
+
+def test_prompts_longer_than_in_training(trained, monkeypatch, capsys):
+    start = "--model runs/cola --device cpu --steps 1 --max-new-tokens 1 --num-samples 1 --prompt"
+    for prompt, wanted in [("x" * 33, "prompt of 33 tokens, training had 32"), ("x" * 32, "")]:
+        call(sample.main, f"{start} {prompt}", monkeypatch, trained)
+        err = capsys.readouterr().err
+        assert err.startswith(wanted) and err.count("\n") == bool(wanted)
 
 
 def test_a_text_may_end_in_several_ways():
