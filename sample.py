@@ -65,7 +65,7 @@ def main():
     settings = o.settings() | o.own_ids(model.tokenizer) | ({} if o.stop_at_eos else dict(eos_id=None))
     prompts = [prompt for prompt in o.prompt for _ in range(o.num_samples)]
     settings["special_tokens"] = o.special_tokens
-    longest = max(map(len, prompt_ids(model.tokenizer, prompts)))
+    longest = max(map(len, prompt_ids(model.tokenizer, o.prompt)))
     if longest > (trained := saved_options(folder).get("seq_len", longest)) and rank() == 0:
         print(f"prompt of {longest} tokens, training had {trained}: the text may get worse", file=sys.stderr)
     if o.show_steps:
