@@ -8,6 +8,7 @@ one more at t = 0 if another block follows, and one pass of the decoder, whateve
 """
 
 import math
+import numbers
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -158,17 +159,17 @@ class ColaDLM(nn.Module):
         if not ids:
             return
         c, row_ids = self.vae.config, list(range(len(ids)) if row_ids is None else row_ids)
-        if len(row_ids) != len(ids) or min(row_ids) < 0:
-            raise ValueError(f"row_ids must be {len(ids)} numbers from 0 on, one for each prompt, not {len(row_ids)}")
+        if len(row_ids) != len(ids) or not all(isinstance(i, numbers.Integral) and i >= 0 for i in row_ids):
+            raise ValueError(f"row_ids must be {len(ids)} integers from 0 on, one for each prompt, not {row_ids[:9]}")
         block_size = o.block_size or self.dit.config.block_size
         shape, chunk = (block_size, c.latent_dim), block_size * c.patch_size
         left = [o.max_new_tokens] * len(ids)  # new tokens that each row still needs
         ends, state = end_ids(eos_id), self.prefill(ids, o.max_new_tokens, pad_id, block_size, state=state)
         n_blocks = state.n_blocks
         if noise is not None:
-            noise, wanted = torch.as_tensor(noise), (len(ids), *shape)
-            if noise.dim() != 4 or len(noise) == 0 or noise.shape[1:] != wanted:
-                raise ValueError(f"noise must be (n_blocks, *{wanted}), not {tuple(noise.shape)}")
+            wanted, given = (len(ids), *shape), tuple(getattr(noise, "shape", ()))
+            if len(given) != 4 or given[0] == 0 or given[1:] != wanted:
+                raise ValueError(f"noise must be a tensor (n_blocks, *{wanted}), not {given}")
             n_blocks = min(n_blocks, len(noise))
         times = solver_times(o.steps, o.grid, self.dit.config.t_loc, self.dit.config.t_scale)
         seen = torch.zeros(len(ids), c.vocab_size, dtype=torch.bool, device=self.device)  # predicted in earlier blocks
@@ -180,7 +181,7 @@ class ColaDLM(nn.Module):
             # Noise to latents, given the history.
             generators = block_generators(o.seed, [row_ids[row] for row in state.rows], b)
             draw = partial(normal, shape, generators, self.device)
-            z1 = draw() if noise is None else noise[b, state.rows].to(self.device, torch.float32)  # (B, block_size, d)
+            z1 = draw() if noise is None else torch.as_tensor(noise[b])[state.rows].to(self.device, torch.float32)
             z = self.next_block(state, z1, times, o.guidance(block_size), o.solver, o.eta, draw, watch and tell)
 
             # Latents to tokens, all of the block at once.
@@ -196,6 +197,7 @@ class ColaDLM(nn.Module):
             new = state.new_tokens(tokens)
             state.add(z, new, ends, left)
             yield Block(z, new, last, state.rows)
+
             # The finished block becomes history, for the rows that go on.
             for row, ids_of_row in zip(state.rows, new, strict=True):
                 left[row] = 0 if ends & set(ids_of_row) else left[row] - len(ids_of_row)
@@ -226,6 +228,7 @@ class ColaDLM(nn.Module):
             raise ValueError("a state continues one text, in blocks of the size that it was made with")
         n_old = 0 if state is None else len(state.text[0]) // p  # latents, whole ones, that are there already
         ids = ids if state is None else [state.text[0] + ids[0]]
+
         # Whole blocks of a prompt are history; what is left over opens the first generated block.
         n_latents = torch.tensor([-(-len(row) // p) for row in ids])  # (B,)
         n_history = n_latents // block_size * block_size  # (B,)
@@ -242,6 +245,7 @@ class ColaDLM(nn.Module):
         state.n_blocks, state.n_known, state.is_known, state.known_z = n_blocks, n_known, None, None
         if not any(ids):
             return state
+
         # The mean, not a sample: a prompt is known, and this is the likeliest latent of it.
         unit = math.lcm(c.block_size, block_size)
         padded, step = pad_rows(ids, unit * p, pad_id, self.device), -(-PREFILL // unit) * unit

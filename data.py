@@ -17,8 +17,10 @@ import hashlib
 import heapq
 import json
 import math
+import numbers
 import operator
 import re
+import reprlib
 import sys
 import unicodedata
 import zlib
@@ -294,7 +296,7 @@ def read_tokenizer_json(path):
             raise ValueError("the vocabulary must cover all 256 bytes")
         check_merges(ranks, [m if isinstance(m, list) else m.split(" ") for m in model["merges"]], model)
         return Tokenizer(pattern, ranks, added, words)
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (json.JSONDecodeError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a byte-level BPE tokenizer: {type(error).__name__}: {error}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -457,13 +459,19 @@ def prompt_ids(tokenizer, prompts, special_tokens=False):
 
 def check_ids(ids, vocab_size):
     for i in (i for row in ids for i in row):
+        if not isinstance(i, numbers.Integral):
+            raise ValueError(f"a token id must be an integer, not {reprlib.repr(i)}")
         if not 0 <= i < vocab_size:
             raise ValueError(f"token id {i} is outside the vocabulary 0..{vocab_size - 1}")
 
 
 def end_ids(eos_id):
-    """The set of ids that end a text: of None, of one, or of several."""
-    return set() if eos_id is None else {eos_id} if isinstance(eos_id, int) else set(eos_id)
+    """The set of ids that end a text: of None, of one, or of several.  Raises ValueError for anything else."""
+    several = [] if eos_id is None else eos_id if isinstance(eos_id, (list, tuple, set)) else [eos_id]
+    try:
+        return {operator.index(i) for i in several}
+    except TypeError:
+        raise ValueError(f"eos_id must be a token id, or several, not {reprlib.repr(eos_id)}") from None
 
 
 class Writer:

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from tqdm import tqdm
 
 import data
-from common import autocast, check_new, check_range, flag, optimizer_step, replacing
+from common import autocast, check_new, check_range, check_regular, flag, optimizer_step, replacing
 from processes import n_processes, rank, under_torchrun, wait_for_all
 
 try:
@@ -326,6 +326,7 @@ class Run:
             dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(self.state_folder)))
         if of_optimizer:
             set_optimizer_state_dict(trained, tuple(optimizer.optimizers), of_optimizer)
+        self.tidy()
 
     def save(self, step, optimizer, trained, **others):
         """Write the log, and the state of all after `step` steps in place of the one before; complete or not at all.
@@ -345,6 +346,13 @@ class Run:
         content = dict(options=asdict(self.options), log=self.log, checksums=checksums)
         with replacing(self.state_folder / "run.json") as temporary:
             temporary.write_text(json.dumps(content, allow_nan=False) + "\n")
+        self.tidy()
+
+    def tidy(self):
+        """What follows a complete state, or was left to do by a process that was killed after it: the states before it
+        go, and log.jsonl is written."""
+        if rank() > 0:
+            return
         for other in self.state_folder.parent.iterdir():
             if other != self.state_folder and other.name.isdigit() and other.is_dir():  # nothing that is not ours
                 shutil.rmtree(other)
@@ -368,6 +376,7 @@ def last_state(folder):
     if not steps:
         return 0, None
     file = Path(folder) / "training" / str(max(steps)) / "run.json"
+    check_regular(file)
     try:
         content = json.loads(file.read_text())
         options = {name: tuple(v) if isinstance(v, list) else v for name, v in content["options"].items()}

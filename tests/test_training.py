@@ -621,7 +621,7 @@ def test_more_layers_than_tensors_are_not_built(trained, tmp_path, monkeypatch):
 def test_nothing_in_a_run_is_executed(trained):
     """No pickle: JSON, safetensors and text alone."""
     files = [f for name in ("vae", "cola", "joint") for f in (trained / "runs" / name).rglob("*") if f.is_file()]
-    assert {f.suffix for f in files} == {".json", ".jsonl", ".safetensors", ".bin"}
+    assert {f.suffix for f in files} == {".json", ".jsonl", ".safetensors", ".bin", ".sha256"}
 
 
 def test_a_folder_has_one_run_at_a_time(text, tmp_path):
