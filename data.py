@@ -33,7 +33,7 @@ import numpy as np
 import tiktoken
 import torch
 
-from common import check_new, option, parse_options, replacing, run_script
+from common import check_new, check_regular, option, parse_options, replacing, run_script
 from processes import first_process_first, rank
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -77,8 +77,7 @@ def documents(source, separator=""):
 def open_text(file):
     """The file as UTF-8 text, open for reading.  Raises ValueError with the number of the first line that is not, and
     for a pipe or a device, which may have no end and cannot be read twice."""
-    if Path(file).exists() and not Path(file).is_file():
-        raise ValueError(f"{file} is not a regular file: copy what it gives into one")
+    check_regular(file)
     with open(file, encoding="utf-8-sig") as f:
         try:
             yield f
@@ -111,7 +110,7 @@ def numbered_objects(file, kind=dict):
             if line.strip():
                 try:
                     content = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     content = None
                 yield number, content if isinstance(content, kind) else None
 

@@ -45,7 +45,7 @@ def join_processes(device):
     dist.init_process_group(backend, timeout=timedelta(hours=2), device_id=device_id)  # tokenizing may take long
     wait_for_all()
     if rank() > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout = open(os.devnull, "w", errors="replace")  # noqa: SIM115
     return device
 
 

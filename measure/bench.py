@@ -124,7 +124,8 @@ SLOW_ROWS = 8  # more take too long the slow way
 
 
 class Table:
-    """Figures by name, printed as they come and kept in a file; about: what else stands there."""
+    """Figures by name, printed as they come and kept in a file.  earlier: milliseconds by name; about: what else stands
+    in the file."""
 
     def __init__(self, file, earlier, about):
         self.file, self.earlier, self.about, self.figures = file, earlier, about, {}
@@ -132,10 +133,20 @@ class Table:
     def add(self, name, **values):
         self.figures[name] = values
         shown = "  ".join(f"{key} {value:,.4g}" for key, value in values.items())
-        before = self.earlier.get(name, {}).get("ms")
+        before = self.earlier.get(name) if "ms" in values else None
         print(f"{name:44} {shown}" + (f"  x {values['ms'] / before:.2f} of before" if before else ""), flush=True)
         with common.replacing(self.file) as temporary:
-            temporary.write_text(json.dumps(self.about | dict(figures=self.figures), indent=2, allow_nan=False) + "\n")
+            content = self.about | dict(figures=self.figures)
+            temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def times_of(file):
+    """{name: milliseconds} of the figures in a file of an earlier run."""
+    try:
+        figures = json.loads(Path(file).read_text())["figures"]
+        return {name: float(values["ms"]) for name, values in figures.items() if "ms" in values}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ValueError(f"--compare {file} is no file that this script wrote") from None
 
 
 def median_time(name, function, device, repeats):
@@ -342,7 +353,7 @@ def main():
     device = common.pick_device(o.device)
     if o.compare == o.out:
         raise ValueError(f"--compare {o.compare} would be overwritten: choose another --out")
-    earlier = json.loads(Path(o.compare).read_text()).get("figures", {}) if o.compare else {}
+    earlier = times_of(o.compare) if o.compare else {}
     torch.manual_seed(o.seed)
     name = f"{device}, {torch.get_num_threads()} threads"
     if device.type == "cuda":

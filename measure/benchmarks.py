@@ -31,7 +31,8 @@ from processes import collect, first_process_first, n_processes, rank
 # Prompts
 
 
-# Options of the released script where the paper says other things; eos_id -1 is that of the tokenizer.
+# What the released script does and the paper does not say.  -1: the tokenizer's end; 100265: <|im_end|>.
+# Its weights are fp32 and its products bf16, but only on CUDA (evaluate.py).
 RELEASED = dict(repetition_penalty=1.1, seed=66, limit=1000, eos_id=(-1, 100265))
 
 
@@ -40,7 +41,7 @@ class Task:
     form: str  # of one question; the answer follows
     examples: str = ""  # what stands before it: worked examples
     by_choice: bool = False  # whether an answer counts that names the right choice by its letter or in similar words
-    first_label: int | None = None  # of the choices, where data sets number the right one: 0 or 1
+    labels_from: int | None = None  # the first label, if the public data set numbers its choices instead of naming one
 
     @property
     def fields(self):
@@ -110,7 +111,7 @@ Context: Two children build a tower of wooden blocks. The tower
 Answer: gets too tall and falls over.
 
 """,
-        first_label=0,
+        labels_from=0,
     ),
     race=Task(
         "Article: {context} {question}\nOptions:\n{choices}\nAnswer:",
@@ -153,7 +154,7 @@ Answer: they will dry out
 
 """,
         by_choice=True,
-        first_label=1,
+        labels_from=1,
     ),
     squad=Task(
         "Context: {context}\nQuestion: {question}\nAnswer:",
@@ -178,7 +179,7 @@ Story: Paul studied every evening for the test. He slept well the night before. 
 End: He got a good grade.
 
 """,
-        first_label=1,
+        labels_from=1,
     ),
 )
 
@@ -203,7 +204,7 @@ def prompt_of(task, line, one_example=False):
 # Scoring
 
 ALIKE = 0.9  # similarity from which a text counts as a choice misspelt
-BREAKS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"  # what ends a line for str.splitlines, and for the released scorer
+FIRST_LINE = re.compile(r"\W*\w[^\n\r\v\f\x1c-\x1e\x85\u2028\u2029]*")  # with a word; ends where str.splitlines cuts
 
 
 def is_correct(task, generated, answer, choices=()):
@@ -211,7 +212,8 @@ def is_correct(task, generated, answer, choices=()):
 
     LAMBADA: the first word is the answer's.  Tasks by_choice: the text names the same choice as the answer.  All tasks:
     the whole line is the answer.  Case, punctuation and spaces never count."""
-    text = re.match(rf"(?:\W*\w[^{BREAKS}]*)?", generated)[0] or generated
+    line = FIRST_LINE.match(generated)
+    text = line[0] if line else generated
     if plain(text) == plain(answer):
         return True
     if task is TASKS["lambada"]:
@@ -225,18 +227,6 @@ def is_correct(task, generated, answer, choices=()):
     return wanted is not None and wanted == (choice_of(text, choices) if found is None else found)
 
 
-def number_of(task, answer, choices):
-    """Which of the choices the answer of a line is: by its text or, where the task has that, by letter or number.
-    None if it is none of them."""
-    if answer in choices:
-        return choices.index(answer)
-    label = int(answer) - task.first_label if task.first_label is not None and answer.strip().isdecimal() else -1
-    if 0 <= label < len(choices):
-        return label
-    same = [i for i, choice in enumerate(choices) if plain(choice) == plain(answer)]
-    return choice_of(answer, choices) if task.by_choice else same[0] if same else None
-
-
 def plain(text):
     return " ".join(re.sub(r"[^\w\s]", "", text.lower()).split())
 
@@ -246,7 +236,7 @@ def choice_of(text, choices):
     letter = r"[(\[]?\s*([A-Za-z])\s*[)\]]?"
     announced = rf"\b(?:answer|option|choice)\b\s*(?:is|[=:：])?\s*{letter}(?=\s|$|[.,;:!?])"
     stripped = text.strip()
-    named = re.findall(rf"^{letter}\.?$", stripped)[-1:] + re.findall(announced, stripped, re.I)[-1:]
+    named = re.findall(rf"^{letter}\.?$", stripped)[-1:] + re.findall(announced, " ".join(stripped.split()), re.I)[-1:]
     if len(stripped) <= 40:
         named += re.findall(r"[(\[]\s*([A-Za-z])\s*[)\]]", stripped)[-1:]
     for name in named:
@@ -269,13 +259,31 @@ def choice_of(text, choices):
     return likeness.index(max(likeness)) if max(likeness) >= ALIKE else None
 
 
+def number_of(task, answer, choices):
+    """The number of the choice that the answer of a task file is, or None: by its text, by its label in the public data
+    set, or by its letter."""
+    texts = [choice.strip() for choice in choices]
+    if answer.strip() in texts:
+        return texts.index(answer.strip())
+    if is_label(task, answer):
+        number = int(answer) - task.labels_from
+        return number if 0 <= number < len(choices) else None
+    return choice_of(answer, choices)
+
+
+def is_label(task, answer):
+    return task.labels_from is not None and re.fullmatch("[0-9]{1,2}", answer.strip())
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Files
 
+RESULTS = ("generate", "scores", "correct")  # what `run` adds to a line
+
 
 def read_lines(file, task, needed, without_prompt=()):
-    """The objects of a JSONL file.  needed: what each must hold; without_prompt: what else, if it has no prompt.
-    An answer that is the number of a choice becomes its text.  Raises ValueError that names file and line."""
+    """The objects of a JSONL file of a task.  needed: what each must hold; without_prompt: what else, if it has no
+    prompt.  An answer that is a label becomes the choice itself.  Raises ValueError that names file and line."""
     lines, first = [], {}
     for number, line in numbered_objects(file):
         where = f"{file} line {number}"
@@ -283,32 +291,52 @@ def read_lines(file, task, needed, without_prompt=()):
             raise ValueError(f"{where} is not a JSON object")
         if "ground_truth" in line:  # in the released files
             line.setdefault("answer", line["ground_truth"])
+        line["choices"] = line.get("choices") or []
         wanted = {*needed, *(() if "prompt" in line else without_prompt)}
-        if missing := sorted(wanted - line.keys()):
+        if missing := sorted(name for name in wanted if line.get(name, []) == []):
             raise ValueError(f"{where} has no {missing[0]}")
-        for name in ("prompt", "question", "context", "answer", "generate"):
-            if not isinstance(line.get(name, ""), str):
-                raise ValueError(f"{where}: {name} is not a string")
-        choices = line.get("choices") or []
-        if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
-            raise ValueError(f"{where}: choices is not a list of strings")
-        if "choices" in wanted and not 1 <= len(choices) <= 26:
-            raise ValueError(f"{where}: there must be 1 to 26 choices, not {len(choices)}")
-        if choices and "choices" in task.fields:
-            right = number_of(task, line["answer"], choices)
-            if right is None:
-                raise ValueError(f"{where}: the answer {line['answer'][:40]!r} is none of the choices")
-            if line["answer"].strip().isdecimal():
-                line["answer"] = choices[right]
-        if "id" in wanted:
-            if type(line["id"]) not in (int, str):
-                raise ValueError(f"{where}: id is neither a number nor a string")
-            if first.setdefault(line["id"], number) != number:
-                raise ValueError(f"{where} has the id of line {first[line['id']]}")
-        lines.append(line | dict(choices=choices))
+        try:
+            check_line(line, task, wanted)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        if "id" in wanted and first.setdefault(line["id"], number) != number:
+            raise ValueError(f"{where} has the id of line {first[line['id']]}")
+        lines.append(line)
     if not lines:
         raise ValueError(f"{file} is empty")
     return lines
+
+
+def check_line(line, task, wanted):
+    """Raises ValueError for odd values; an answer that is not in the words of its choice becomes that choice."""
+    choices, results = line["choices"], "generate" in wanted
+    for name in ("prompt", "question", "context", "answer", *["generate"] * results):
+        if not isinstance(line.get(name, ""), str):
+            raise ValueError(f"{name} is not a string")
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        raise ValueError("choices is not a list of strings")
+    if len(choices) > 26:
+        raise ValueError(f"there must be 1 to 26 choices, not {len(choices)}")
+    if "id" in wanted and type(line["id"]) not in (int, str):
+        raise ValueError("id is neither an integer nor a string")
+    if results and not isinstance(line.get("correct", False), bool):
+        raise ValueError("correct is neither true nor false")
+    scores = line.get("scores", [0] * len(choices))
+    kinds = [type(score) for score in scores] if isinstance(scores, list) else [None]
+    if results and (len(kinds) != len(choices) or not {*kinds} <= {int, float}):
+        raise ValueError(f"scores is not a list of {len(choices)} numbers, one for each choice")
+    try:
+        json.dumps(line, allow_nan=False)
+    except ValueError:
+        raise ValueError("a number is not finite: write null, or leave it out") from None
+
+    answer = line.get("answer", "")
+    if "choices" in task.fields and "answer" in wanted and (choices or is_label(task, answer)):
+        number = number_of(task, answer, choices)
+        if number is None:
+            raise ValueError(f"the answer {answer!r} is none of the {len(choices)} choices")
+        if not task.by_choice or is_label(task, answer):
+            line["answer"] = choices[number]
 
 
 def names_of(text):
@@ -328,7 +356,8 @@ def open_tasks(text, folder, limit, ranking):
         if ranking and "choices" not in task.fields:
             raise ValueError(f"{name} has no choices to rank")
         needed = ["id", "answer"] + ["choices"] * (task.by_choice or ranking)
-        jobs[name] = read_lines(Path(folder) / f"{name}.jsonl", task, needed, task.fields)[: limit or None]
+        lines = read_lines(Path(folder) / f"{name}.jsonl", task, needed, task.fields)[: limit or None]
+        jobs[name] = [{key: value for key, value in line.items() if key not in RESULTS} for line in lines]
     return jobs
 
 
@@ -346,7 +375,7 @@ def run(model, jobs, out, settings, batch_size, ranking=None, one_example=False)
     for name, lines in jobs.items():
         file = out / f"{name}.jsonl"
         with first_process_first():
-            done = finished(file)
+            done = finished(file, TASKS[name])
         for line in lines:
             if any(done.get(line["id"], line).get(name) != value for name, value in line.items()):
                 raise ValueError(f"{file} answers another line with the id {line['id']!r}: choose another --out")
@@ -371,7 +400,7 @@ def run(model, jobs, out, settings, batch_size, ranking=None, one_example=False)
                             f.write(json.dumps(row | verdict(name, row), allow_nan=False) + "\n")
                 bar.update(len(batch))
         if rank() == 0:
-            done = finished(file)
+            done = finished(file, TASKS[name])
             rows.append(summary_row(name, [done[line["id"]]["correct"] for line in lines]))
             write_summary(rows, out)
     if rank() == 0:
@@ -379,18 +408,19 @@ def run(model, jobs, out, settings, batch_size, ranking=None, one_example=False)
 
 
 def ranked(model, prompt, line, row_id, options):
-    """The likeliest choice after the prompt, and log p(choice | prompt) in nats of all.  Raises ValueError if one is
-    not finite."""
+    """The likeliest choice after the prompt, and log p(choice | prompt) in nats of all.  One space stands between the
+    two and belongs to the choice, as it does in the tokens of a text, even if the prompt ends in spaces.
+    Raises ValueError for scores that are not finite."""
     choices = line["choices"]
-    answers = [" " * (not prompt[-1:].isspace()) + choice for choice in choices]  # one space between
-    same = [row_id] * len(choices)  # the same noise for all
-    scores = conditional_log_prob(model, [prompt] * len(choices), answers, row_ids=same, **options).tolist()
+    answers = [" " + choice.lstrip(" ") for choice in choices]
+    prompts, same = [prompt.rstrip(" ")] * len(choices), [row_id] * len(choices)  # the same noise for all
+    scores = conditional_log_prob(model, prompts, answers, row_ids=same, **options).tolist()
     if not all(map(math.isfinite, scores)):
-        raise ValueError(f"the likelihood of line {line['id']!r} is not finite: {scores}")
+        raise ValueError(f"the choices of the line with the id {line['id']!r} score {scores}: is the model damaged?")
     return dict(generate=choices[scores.index(max(scores))], scores=scores)
 
 
-def finished(file):
+def finished(file, task):
     """{id: row} of the rows in a file of generations; a row that an interruption cut off is removed from the file."""
     if not file.exists():
         return {}
@@ -398,10 +428,8 @@ def finished(file):
     if rest:
         with replacing(file) as temporary:
             temporary.write_bytes(b"".join(row + b"\n" for row in whole))
-    try:
-        return {row["id"]: row | dict(correct=bool(row["correct"])) for row in map(json.loads, whole)}
-    except (ValueError, LookupError, TypeError):
-        raise ValueError(f"{file} is damaged: choose another --out") from None
+    needed = ["id", "prompt", "answer", "generate", "correct"]
+    return {row["id"]: row for row in read_lines(file, task, needed)} if whole else {}
 
 
 def score_files(files, name, out):
@@ -424,11 +452,10 @@ def score_files(files, name, out):
 
 
 def verdict(name, line):
-    """Of a generated text or, where the choices have scores, of the best of them: by its number, not by its text."""
-    task, choices = TASKS[name], line["choices"]
-    if "scores" in line:
-        best = line["scores"].index(max(line["scores"]))
-        return dict(correct=best == number_of(task, line["answer"], choices))
+    """Whether a line is right, as {"correct": bool}; of ranked choices the numbers are compared, not the texts."""
+    task, choices, scores = TASKS[name], line["choices"], line.get("scores")
+    if scores:
+        return dict(correct=scores.index(max(scores)) == number_of(task, line["answer"], choices))
     return dict(correct=is_correct(task, line["generate"], line["answer"], choices))
 
 

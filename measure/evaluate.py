@@ -80,9 +80,9 @@ class Report:
 
     def add(self, section, name, estimate, n, unit, x=None):
         """estimate: (value, standard error) from `jackknife`; two tensors, if x names the points of a curve."""
-        if not all(tensor.isfinite().all() for tensor in estimate):
-            raise ValueError(f"{section}, {name}: not finite, {estimate[0]}; the weights are damaged or too large")
         value, error = (tensor.tolist() for tensor in estimate)
+        if not all(tensor.isfinite().all() for tensor in estimate):
+            raise ValueError(f"{section}, {name}: {value} ± {error} is not finite: is the model damaged?")
         entry = dict(value=value, se=error, n=n, unit=unit) | ({} if x is None else dict(x=x))
         if section not in self.sections:
             print(f"\n{section}")
@@ -422,7 +422,7 @@ BENCHMARKS_ONLY += ("protocol", "pad_id", "eos_id")
 
 
 @dataclass
-class Options(TextOptions):  # whose dtype and ids are for the benchmarks
+class Options(TextOptions):  # of which dtype, pad_id and eos_id are for benchmarks
     model: str = option("runs/cola", "folder in the released format")
     out: str = option("", "folder of all results; default runs/evaluation, with --tasks runs/benchmarks")
     # diagnostics
@@ -513,21 +513,21 @@ def run_tasks(model, jobs, o, given):
     """The benchmarks, with 32 new tokens and the released sampler unless the command line says otherwise."""
     released = asdict(replace(RELEASED, max_new_tokens=32))
     paper = {name: released[name] for name in ("max_new_tokens", "cfg_scale", "grid", "eta") if name not in given}
-    settings, ranking = o.settings() | paper, None
+    settings, ranking = o.settings() | paper | o.own_ids(model.tokenizer), None
     if o.rank:
         n_samples = o.samples if "samples" in given else 1  # with one, what belongs to the prompt cancels
         ranking = dict(n_samples=n_samples, steps=o.ode_steps, read_time=o.rank_time, exact=o.exact, seed=o.seed)
+        ranking |= dict(pad_id=settings["pad_id"])
     weights = [sorted(set(weight_files(Path(o.model) / part).values())) for part in ("cola_vae", "cola_dit")]
     weights = [zlib.crc32(file.open("rb").read(1 << 26)) for files in weights for file in files]  # of the first 64 MB
-    settings |= o.own_ids(model.tokenizer)
     about = dict(weights=weights, settings=settings, ranking=ranking, dtype=o.dtype, protocol=o.protocol)
-    file = Path(o.out) / "settings.json"
+    file, content = Path(o.out) / "settings.json", json.dumps(about, indent=2, allow_nan=False) + "\n"
     with first_process_first():
         if not file.exists():
             check_new(o.out, "choose another --out")
             with replacing(file) as temporary:
-                temporary.write_text(json.dumps(about, indent=2, allow_nan=False) + "\n")
-        elif json.loads(file.read_text()) != about:
+                temporary.write_text(content)
+        elif file.read_bytes() != content.encode():
             raise ValueError(f"{o.out} holds results of another model or with other options: choose another --out")
     benchmarks.run(model, jobs, Path(o.out), settings, o.batch_size, ranking, one_example=o.protocol == "released")
 

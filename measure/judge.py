@@ -200,7 +200,7 @@ def main():
     judge = NGramJudge(known)
     rows = yardsticks(corpus, o.num_samples, o.max_new_tokens, o.seed)
     for name in o.texts:
-        texts = [text.encode() for text in data.documents([name]) if text]
+        texts = [text.encode(errors="replace") for text in data.documents([name]) if text]
         if not texts:
             raise ValueError(f"{name} holds no text")
         rows[name] = texts, [START] * len(texts)

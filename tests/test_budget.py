@@ -51,6 +51,15 @@ def test_budget_from_the_command_line(tmp_path, monkeypatch, capsys):
         call(budget.main, "", monkeypatch, tmp_path)
 
 
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"figures": []}', '{"figures": {"a": {"ms": []}}}'])
+def test_what_to_compare_with_must_be_a_file_of_figures(tmp_path, content):
+    (tmp_path / "before.json").write_text('{"figures": {"a": {"ms": 2.5, "MB": 1}, "b": {"ratio": 3}}}')
+    assert bench.times_of(tmp_path / "before.json") == {"a": 2.5}
+    (tmp_path / "before.json").write_text(content)
+    with pytest.raises(ValueError, match="before.json is no file that this script wrote"):
+        bench.times_of(tmp_path / "before.json")
+
+
 def test_the_slow_way_gives_the_same_numbers(tmp_path, monkeypatch):
     size = "--seq-len 32 --batch-size 2 --new-tokens 32 --rows 2 --steps 2 --repeats 1 --precision fp32 --device cpu"
     call(bench.main, f"{size} --no-growth", monkeypatch, tmp_path)

@@ -277,10 +277,10 @@ def test_only_regular_files_are_read(tmp_path):
     (tmp_path / "real").write_text("one\n")
     (tmp_path / "link.txt").symlink_to("real")
     for name in (tmp_path / "pipe.txt", "/dev/zero", "/dev/null"):
-        with pytest.raises(ValueError, match=f"{name} is not a regular file"):
+        with pytest.raises(ValueError, match=f"{name} is not a file but a folder, a pipe or a device"):
             next(data.documents([name]))
     os.rename(tmp_path / "pipe.txt", tmp_path / "pipe.json")
-    with pytest.raises(ValueError, match="pipe.json is not a regular file"):
+    with pytest.raises(ValueError, match="pipe.json is not a file but a folder, a pipe or a device"):
         data.load_tokenizer(str(tmp_path / "pipe.json"))
     assert list(data.documents([tmp_path])) == list(data.documents([tmp_path / "link.txt"])) == ["one\n"]
 

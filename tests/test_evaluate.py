@@ -5,13 +5,13 @@ import math
 
 import pytest
 import torch
-from conftest import call
+from conftest import call, run
 
 import common
 import data
 from cola import ColaDLM
 from measure import benchmarks, evaluate
-from measure.benchmarks import TASKS, is_correct, prompt_of
+from measure.benchmarks import TASKS, choice_of, is_correct, prompt_of, read_lines, verdict
 from measure.evaluate import bleu, energy_distance, frechet_distance, jackknife, ngram_matches, rouge_l
 from measure.likelihood import conditional_log_prob
 
@@ -135,55 +135,44 @@ def test_verdicts_of_other_tasks():
         assert not is_correct(TASKS[name], " he is growing vegetables", "growing vegetables", CHOICES)
 
 
-@pytest.mark.parametrize("end", "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029")
-def test_a_line_ends_where_splitlines_ends_it(end):
-    assert len(f"a{end}b".splitlines()) == 2 and is_correct(TASKS["squad"], f" the sea{end}Question:", "the sea")
+@pytest.mark.parametrize("end", ["\n", "\r", "\r\n", "\v", "\f", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029"])
+def test_a_line_ends_where_python_splits_lines(end):
+    assert is_correct(TASKS["squad"], f" mat{end}dog", "mat") and is_correct(TASKS["squad"], f"{end} mat", "mat")
+    assert is_correct(TASKS["mmlu"], f"growing{end}water and ice", "D", CHOICES) is False
+    assert not is_correct(TASKS["squad"], " mat\tdog", "mat")
 
 
-def test_the_right_choice_is_known_by_its_number():
-    def right(name, answer, choices):
-        return benchmarks.number_of(TASKS[name], answer, choices)
-
-    signs = ["1", "-1", "0"]
-    assert [right("mmlu", sign, signs) for sign in signs] == [0, 1, 2]
-    row = dict(generate="", choices=signs, answer="1", scores=[-3.0, -2.0, -5.0])
-    assert benchmarks.verdict("mmlu", row) == dict(correct=False)  # as texts without punctuation, 1 and -1 are the same
-    assert benchmarks.verdict("mmlu", row | dict(answer="-1")) == dict(correct=True)
-    assert [right("hellaswag", i, ["x", "y", "z", "w"]) for i in "0134"] == [0, 1, 3, None]
-    assert [right("siqa", i, ["x", "y", "z"]) for i in "0123"] == [None, 0, 1, 2]
-    assert right("mmlu", "B", ["x", "y"]) == 1 and right("story_cloze", "B", ["x", "y"]) is None
+def test_many_spaces_are_read_at_once():
+    """A pattern with several runs of spaces in a row takes the cube of their number: hours for this one."""
+    assert choice_of("the answer" + " " * 30_000 + "b", CHOICES) == 1
+    assert choice_of("the answer" + " " * 30_000 + "!", CHOICES) is None
 
 
-def test_answers_that_are_numbers_become_texts(tmp_path):
-    lines = [dict(id=i, context="a", question="q", choices=["x", "y", "z"], answer=str(i)) for i in (1, 3, 4)]
-    write(tmp_path / "siqa.jsonl", lines[:2])
-    assert [line["answer"] for line in benchmarks.open_tasks("siqa", tmp_path, 0, False)["siqa"]] == ["x", "z"]
-    write(tmp_path / "siqa.jsonl", lines)
-    with pytest.raises(ValueError, match="siqa.jsonl line 3: the answer '4' is none of the choices"):
-        benchmarks.open_tasks("siqa", tmp_path, 0, False)
+def test_of_ranked_choices_the_numbers_count():
+    """In words "1" and "-1" are the same, without their punctuation."""
+    for answer, right in [("1", False), ("-1", True), ("A", False), ("B", True)]:
+        line = dict(choices=["1", "-1"], answer=answer, generate="-1", scores=[-2.5, -1.5])
+        assert verdict("mmlu", line) == dict(correct=right)
 
 
-def test_one_space_before_a_ranked_choice(monkeypatch):
-    asked = []
-
-    def log_prob(model, prompts, answers, **_):
-        asked.append(answers)
-        return torch.tensor([-2.0, score])
-
-    monkeypatch.setattr(benchmarks, "conditional_log_prob", log_prob)
-    score = -1.0
-    for prompt in ("Answer:", "Answer: "):
-        assert benchmarks.ranked(None, prompt, dict(id=1, choices=["x", "y"]), 0, {})["generate"] == "y"
-    assert asked == [[" x", " y"], ["x", "y"]]
-    score = float("nan")
-    with pytest.raises(ValueError, match="the likelihood of line 1 is not finite"):
-        benchmarks.ranked(None, "", dict(id=1, choices=["x", "y"]), 0, {})
-
-
-def test_no_figure_of_a_report_is_nan(tmp_path):
-    report = evaluate.Report(tmp_path, {})
-    with pytest.raises(ValueError, match="prior, loss: not finite"):
-        report.add("prior", "loss", (torch.tensor(float("nan")), torch.tensor(0.1)), 4, "")
+@pytest.mark.parametrize(
+    "task, answer, wanted",
+    [
+        ("hellaswag", "0", "x y"),  # labels of the public data sets
+        ("hellaswag", "2", "7 w"),
+        ("siqa", "1", "x y"),
+        ("siqa", " 3", "7 w"),
+        ("story_cloze", "2", "z"),
+        ("hellaswag", "Z.", "z"),
+        ("hellaswag", "b", "z"),
+        ("mmlu", "b", "b"),  # by choice: letters are read when scoring
+    ],
+)
+def test_answers_may_be_labels(tmp_path, task, answer, wanted):
+    write(tmp_path / "file.jsonl", [dict(answer=answer, choices=["x y", "z", "7 w"])])
+    assert read_lines(tmp_path / "file.jsonl", TASKS[task], ["answer"])[0]["answer"] == wanted
+    write(tmp_path / "file.jsonl", [dict(answer="2", choices=["2", "1", "3"])])  # texts go first
+    assert read_lines(tmp_path / "file.jsonl", TASKS[task], ["answer"])[0]["answer"] == "2"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -248,13 +237,32 @@ def test_the_released_protocol(trained, tmp_path, monkeypatch):
 
     monkeypatch.setattr(ColaDLM, "generate", generate)
     start = f"--model {trained}/runs/cola --tasks race --task-data in --device cpu"
-    for name, more in [("paper", ""), ("released", "--protocol released"), ("own", "--protocol released --seed 5")]:
+    own = "--protocol released --seed 5 --eos-id 7 --pad-id 9"
+    for name, more in [("paper", ""), ("released", "--protocol released"), ("own", own)]:
         call(evaluate.main, f"{start} {more} --out {name}", monkeypatch, tmp_path)
     examples = [prompt.count("Article:") - 1 for prompt, *_ in asked]
     assert examples == [2, 1, 1]
-    eot = data.open_tokens(trained / "runs" / "vae" / "data").tokenizer.eot_token
-    both = [eot, 100265]
-    assert [rest for _, *rest in asked] == [[0, 1.0, 32, [eot]], [66, 1.1, 32, both], [5, 1.1, 32, both]]
+    assert [rest for _, *rest in asked] == [[0, 1.0, 32, [298]], [66, 1.1, 32, [298, 100265]], [5, 1.1, 32, [7]]]
+    settings = json.loads((tmp_path / "own" / "settings.json").read_text())
+    assert settings["settings"]["pad_id"] == 9 and settings["dtype"] == "auto"
+
+
+def test_the_released_protocol_multiplies_in_bf16_on_cuda_alone(tmp_path, monkeypatch):
+    write(tmp_path / "in" / "race.jsonl", [LINE | dict(context="On colours.")])
+
+    def precision(name, device):
+        raise ValueError(f"{name} on {device}")
+
+    monkeypatch.setattr(evaluate, "pick_device", torch.device)
+    monkeypatch.setattr(evaluate, "sampling_precision", precision)
+    for more, found in [
+        ("--device cuda", "auto on cuda"),
+        ("--device cuda --protocol released", "autocast on cuda"),
+        ("--device cuda --protocol released --dtype bf16", "bf16 on cuda"),
+        ("--device cpu --protocol released", "auto on cpu"),
+    ]:
+        with pytest.raises(ValueError, match=found):
+            call(evaluate.main, f"--tasks race --task-data in {more}", monkeypatch, tmp_path)
 
 
 def test_the_answer_of_released_files_is_called_ground_truth(tmp_path, monkeypatch, capsys):
@@ -298,16 +306,6 @@ def test_tasks_resume_and_do_not_depend_on_batches(trained, tmp_path, monkeypatc
     assert "5 of 5 verdicts in the file are the same" in capsys.readouterr().out
 
 
-def test_a_damaged_file_of_generations(trained, tmp_path, monkeypatch):
-    write(tmp_path / "in" / "lambada.jsonl", [dict(id=1, context="a", answer="b")])
-    start = f"--model {trained}/runs/cola --tasks lambada --task-data in --max-new-tokens 4 {QUICK} --out out"
-    call(evaluate.main, start, monkeypatch, tmp_path)
-    for content in ("[1]\n", "{}\n", "nothing\n"):
-        (tmp_path / "out" / "lambada.jsonl").write_text(content)
-        with pytest.raises(ValueError, match="lambada.jsonl is damaged: choose another --out"):
-            call(evaluate.main, start, monkeypatch, tmp_path)
-
-
 def test_ranking_by_likelihood(trained, tmp_path, monkeypatch):
     write(tmp_path / "in" / "story_cloze.jsonl", [dict(id=1, context="A b.", choices=["x", "y z"], answer="x")])
     arguments = f"--model {trained}/runs/cola --tasks story_cloze --task-data in --rank --samples 1 --ode-steps 2"
@@ -318,6 +316,26 @@ def test_ranking_by_likelihood(trained, tmp_path, monkeypatch):
     prompt = row["prompt"]
     wanted = conditional_log_prob(model, [prompt] * 2, [" x", " y z"], steps=2, row_ids=[1, 1])
     assert row["scores"] == pytest.approx(wanted.tolist(), abs=1e-3)
+    assert row["correct"] == (row["generate"] == "x")
+    line = dict(id=1, choices=["x", " y z"])  # one space stands between prompt and choice, wherever it comes from
+    for asked in (prompt, f"{prompt} "):
+        found = benchmarks.ranked(model, asked, line, 1, dict(steps=2))["scores"]
+        assert found == pytest.approx(wanted.tolist(), abs=1e-3)
+
+
+def test_scores_that_are_not_finite_are_an_error(trained, tmp_path, monkeypatch):
+    write(tmp_path / "in" / "story_cloze.jsonl", [dict(id=1, context="A b.", choices=["x", "y z"], answer="x")])
+    seen = []
+
+    def log_prob(*_, **options):
+        seen.append(options)
+        return torch.tensor([0.0, math.nan])
+
+    monkeypatch.setattr(benchmarks, "conditional_log_prob", log_prob)
+    arguments = f"--model {trained}/runs/cola --tasks story_cloze --task-data in --rank --pad-id 7 --device cpu"
+    with pytest.raises(ValueError, match=r"id 1 score \[0.0, nan\]: is the model damaged"):
+        call(evaluate.main, arguments, monkeypatch, tmp_path)
+    assert seen[0]["pad_id"] == 7
 
 
 @pytest.mark.parametrize(
@@ -335,7 +353,9 @@ def test_ranking_by_likelihood(trained, tmp_path, monkeypatch):
         ("--score in/lambada.jsonl", "in/lambada.jsonl line 1 has no generate"),
         ("--score in/other.jsonl", "there is no task 'other'"),
         ("--score in/lambada.jsonl --tasks all", "--tasks all: with --score it says which one task"),
+        ("--score in --tasks mmlu", "in is not a file but a folder, a pipe or a device"),
         ("--limit 3", "--limit is for --tasks: leave it out"),
+        ("--eos-id 3", "--eos-id is for --tasks: leave it out"),
         ("--tasks lambada --plot", "--plot is for the diagnostics or --rank: leave it out"),
         ("--tasks mmlu --rank-time 0.3", "--rank-time is for the diagnostics or --rank: leave it out"),
         ("--data {text}/tokens", "the text was tokenized differently"),
@@ -364,6 +384,77 @@ def test_mistakes(trained, text, tmp_path, monkeypatch, capsys, arguments, messa
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
 
 
+GOOD = dict(id=1, generate="x", answer="x y", choices=["x y", "z"], question="q")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(id=1.0), "line 2: id is neither an integer nor a string"),
+        (dict(id=True), "line 2: id is neither an integer nor a string"),
+        (dict(id=None), "line 2: id is neither an integer nor a string"),
+        (dict(answer=3), "line 2: answer is not a string"),
+        (dict(answer=None), "line 2: answer is not a string"),
+        (dict(answer="0"), "line 2: the answer '0' is none of the 2 choices"),
+        (dict(answer="3"), "line 2: the answer '3' is none of the 2 choices"),
+        (dict(answer="C"), "line 2: the answer 'C' is none of the 2 choices"),
+        (dict(choices="x y"), "line 2: choices is not a list of strings"),
+        (dict(choices=[1, 2]), "line 2: choices is not a list of strings"),
+        (dict(choices={}), "line 2 has no choices"),
+        (dict(choices=["x y"] * 27), "line 2: there must be 1 to 26 choices, not 27"),
+        (dict(prompt=1e30), "line 2: prompt is not a string"),
+        (dict(weight=math.nan), "line 2: a number is not finite: write null, or leave it out"),
+        (dict(weight=[-math.inf]), "line 2: a number is not finite"),
+        (dict(generate=1), "line 2: generate is not a string"),
+        (dict(correct="yes"), "line 2: correct is neither true nor false"),
+        (dict(scores=[1.0]), "line 2: scores is not a list of 2 numbers, one for each choice"),
+        (dict(scores=[1.0, "2"]), "line 2: scores is not a list of 2 numbers, one for each choice"),
+        (dict(scores=3), "line 2: scores is not a list of 2 numbers, one for each choice"),
+    ],
+)
+def test_odd_values_in_files(tmp_path, monkeypatch, capsys, change, message):
+    """One line each, of files of tasks and of generations; what only the latter have does not matter in the former."""
+    write(tmp_path / "in" / "siqa.jsonl", [GOOD, GOOD | dict(id=2) | change])
+    arguments = "--tasks siqa --task-data in --model nowhere --device cpu", "--score in/siqa.jsonl"
+    results = bool(change.keys() & {"generate", "correct", "scores"})
+    for argument in arguments[results : 1 if "id" in change else 2]:
+        with pytest.raises(SystemExit) as stop:
+            call(lambda: common.run_script(evaluate.main), argument, monkeypatch, tmp_path)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and message in error and error.count("\n") == 1
+    if results:
+        jobs = benchmarks.open_tasks("siqa", tmp_path / "in", 0, ranking=False)
+        assert jobs["siqa"][1] == {key: GOOD[key] for key in ("answer", "choices", "question")} | dict(id=2)
+
+
+def test_no_figure_is_nan(tmp_path):
+    report, good = evaluate.Report(tmp_path, {}), (torch.tensor(1.0), torch.tensor(0.1))
+    report.add("fit", "loss", good, 4, "")
+    for bad in [(torch.tensor(math.nan), good[1]), (good[0], torch.tensor(math.inf))]:
+        with pytest.raises(ValueError, match="fit, distance: .* is not finite: is the model damaged"):
+            report.add("fit", "distance", bad, 4, "")
+    assert list(json.loads((tmp_path / "report.json").read_text())["sections"]["fit"]) == ["loss"]
+
+
+def test_lone_surrogates_are_text(trained, tmp_path, monkeypatch):
+    write(tmp_path / "in" / "squad.jsonl", [dict(id="\ud800", context="a\ud800", question="\udfff?", answer="\ud800b")])
+    start = f"--model {trained}/runs/cola --tasks squad --task-data in --max-new-tokens 4 {QUICK} --out out"
+    for _ in range(2):  # and so they are in the results
+        call(evaluate.main, start, monkeypatch, tmp_path)
+    (row,) = rows_of(tmp_path / "out" / "squad.jsonl")
+    assert row["id"] == "\ud800" and row["prompt"].endswith("Context: a\ud800\nQuestion: \udfff?\nAnswer:")
+
+
+def test_damaged_results_are_one_line(trained, tmp_path, monkeypatch):
+    write(tmp_path / "benchmarks" / "lambada.jsonl", [dict(id=1, context="a", answer="b")])
+    start = f"--model {trained}/runs/cola --tasks lambada --max-new-tokens 4 {QUICK} --out out"
+    call(evaluate.main, start, monkeypatch, tmp_path)
+    for damage in ("[]", "{}", "{", '{"id": 1}'):
+        (tmp_path / "out" / "lambada.jsonl").write_text(damage + "\n")
+        with pytest.raises(ValueError, match="out/lambada.jsonl line 1 (is not a JSON object|has no)"):
+            call(evaluate.main, start, monkeypatch, tmp_path)
+
+
 def test_other_lines_do_not_mix_with_earlier_results(trained, tmp_path, monkeypatch):
     start = f"--model {trained}/runs/cola --tasks lambada --max-new-tokens 4 {QUICK} --out out"
     for answer in ("b", "c"):
@@ -386,3 +477,11 @@ def test_plots_need_matplotlib_only(trained, monkeypatch, capsys):
     monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install matplotlib"):
         call(evaluate.main, f"{SMALL} {QUICK} --plot --out plots", monkeypatch, trained)
+
+
+def test_a_terminal_of_few_characters(trained, monkeypatch):
+    """The judge's table has a sign that ASCII has not."""
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    size = "--num-samples 2 --max-new-tokens 4 --prompt-tokens 4 --steps 1 --device cpu"
+    done = run("measure.judge", size, trained)
+    assert done.returncode == 0 and "\\xb1 is the standard error" in done.stdout, done.stderr

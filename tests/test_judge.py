@@ -4,8 +4,10 @@ import math
 import random
 
 import pytest
+from conftest import call
 
 import data
+from measure import judge as script
 from measure.judge import NGramJudge, bits_per_byte, describe, text_of, yardsticks
 
 TEXT = b"the cat sat on the mat\nthe dog sat on the log\n" * 3
@@ -67,3 +69,12 @@ def test_yardsticks_are_ordered(tmp_path):
     assert b"".join(texts) == held_out[: sum(map(len, texts))] and before == [b"\n", *texts[:-1]]
     assert score["held-out text"] < score["bigram samples"] < score["unigram samples"]
     assert score["held-out text"] < score["words shuffled"]
+
+
+def test_a_lone_surrogate_in_other_texts(text, tmp_path, monkeypatch, capsys):
+    """It is no character, but it does not stop the judge."""
+    call(data.main, f"--data {text} --vocab-size 280 --out tokens", monkeypatch, tmp_path)
+    monkeypatch.setattr(data, "documents", lambda source: ["Line 1: the cat \ud800 sat"])
+    monkeypatch.setattr("sys.argv", ["judge", "--model", "", "--data", "tokens", "--texts", "other.jsonl"])
+    script.main()
+    assert "other.jsonl" in capsys.readouterr().out
