@@ -262,7 +262,10 @@ class TextVAE(nn.Module):
 
         At most MAX_LOGITS logits exist at a time; in training, those of a chunk are computed again for its gradient."""
         x = self.read(z)
-        x, wanted = (x.flatten(0, 1), idx.flatten()) if where is None else (x[where], idx[where])
+        x, wanted = x.flatten(0, 1), idx.flatten()
+        if where is not None:
+            chosen = where.flatten().nonzero()[:, 0]  # the one thing that a GPU has to be waited for
+            x, wanted = x[chosen], wanted[chosen]
         rows = max(MAX_LOGITS // self.config.vocab_size, 1)
         if len(x) <= rows:
             log_p = self.score(x, wanted)
