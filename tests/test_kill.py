@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import COMMON, PRIOR_SIZE, VAE_SIZE
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 import common
 import train_prior
@@ -61,6 +62,7 @@ def attempt(stage, arguments, cwd, kill_at=None, kill_after=None):
     counter = os.memfd_create("operations")
     if not (child := os.fork()):
         signal.alarm(100)
+        tqdm.set_lock(threading.RLock())  # its own is shared: who is killed while he has it would stop all others
         with open(cwd / "stderr", "w") as sys.stderr, open(os.devnull, "w") as sys.stdout:
             os.chdir(cwd)
             sys.argv = ["script", *arguments.split()]
