@@ -209,6 +209,8 @@ def save_weights(state, raw_config, folder, dtype):
         if not tensor.isfinite().all():
             raise ValueError(f"{name} is not finite in {dtype}: this model is broken, and not written to {folder}")
     folder.mkdir(parents=True, exist_ok=True)
+    for rest in folder.glob(".tmp*"):  # of safetensors, in a process that was killed
+        rest.unlink()
     raw_config = raw_config | dict(dtype=str(dtype).removeprefix("torch."))
     with replacing(folder / "model.safetensors") as temporary:
         try:

@@ -78,8 +78,11 @@ def attempt(stage, arguments, cwd, kill_at=None, kill_after=None):
             sys.stderr.flush()
             os._exit(code)
     if kill_after:
-        threading.Timer(kill_after, os.kill, (child, signal.SIGKILL)).start()
+        timer = threading.Timer(kill_after, os.kill, (child, signal.SIGKILL))
+        timer.start()
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if kill_after:
+        timer.cancel()
     n = int.from_bytes(os.pread(counter, 4, 0), "big")
     os.close(counter)
     return code, (cwd / "stderr").read_text(), n

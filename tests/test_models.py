@@ -603,3 +603,11 @@ def test_the_loss_of_codes_is_a_cross_entropy():
     plain = flow_matching_loss(dit, z0, z1, t)
     torch.testing.assert_close(plain, (v - (z1 - z0)).square().mean())
     torch.testing.assert_close(flow_matching_loss(dit, z0, z1, t, code_weight=0.7), plain + 0.7 * nats)
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    """safetensors writes to a file of this kind, and then renames it."""
+    (tmp_path / "cola_vae").mkdir()
+    (tmp_path / "cola_vae" / ".tmpAb12Cd").write_text("half")
+    released_format.save_vae(small_vae(), tmp_path)
+    assert sorted(file.name for file in (tmp_path / "cola_vae").iterdir()) == ["config.json", "model.safetensors"]
