@@ -115,7 +115,6 @@ def answer(model, state, text, stop, settings):
         ids = [model.tokenizer.eot_token, *ids]
     begin = len(told) + len(ids)
     for block in model.generate_blocks([ids], state=state, **settings):
-        before = len(written)
         written += writer.write(block.new[0], block.last)
         ends = [written.index(s) for s in stop if s and s in written]
         # What might be the beginning of a stop text waits for the next block.
@@ -125,7 +124,7 @@ def answer(model, state, text, stop, settings):
         shown = max(shown, end)
         if ends:  # tokens of this block that were not shown are no history
             told, first = state.text[0], max(begin, int(state.dit_cache.length[0]) * model.vae.config.patch_size)
-            while len(decode_bytes(model.tokenizer, told[first:]).decode(errors="replace")) > max(end - before, 0):
+            while len(told) > first and len(decode_bytes(model.tokenizer, told[begin:]).decode(errors="replace")) > end:
                 told.pop()
             return
 

@@ -212,7 +212,8 @@ def run_script(main):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which extras/quiet.py had put off
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # of extras/quiet.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
         if dist.is_initialized():

@@ -53,7 +53,7 @@ def show_step(tokenizer):
 def main():
     o, _ = parse_options(Options, __doc__)
     device = join_processes(pick_device(o.device))
-    folder = o.model or ("runs/cola" if Path("runs/cola").exists() else PRETRAINED)
+    folder = o.model or ("runs/cola" if Path("runs/cola/cola_dit/config.json").exists() else PRETRAINED)
     if not o.model and rank() == 0:
         print(f"model: {folder}", file=sys.stderr)
     dtype, amp = sampling_precision(o.dtype, device)
@@ -65,7 +65,7 @@ def main():
     settings = o.settings() | o.own_ids(model.tokenizer) | ({} if o.stop_at_eos else dict(eos_id=None))
     prompts = [prompt for prompt in o.prompt for _ in range(o.num_samples)]
     settings["special_tokens"] = o.special_tokens
-    longest = max(map(len, prompt_ids(model.tokenizer, o.prompt)))
+    longest = max(map(len, prompt_ids(model.tokenizer, o.prompt, o.special_tokens)))
     if longest > (trained := saved_options(folder).get("seq_len", longest)) and rank() == 0:
         print(f"prompt of {longest} tokens, training had {trained}: the text may get worse", file=sys.stderr)
     if o.show_steps:

@@ -123,11 +123,12 @@ class PriorObjective(nn.Module):
             prompt, valid = parts == PROMPT, parts != PADDING
             alone = vae.encode(idx.masked_fill(~prompt, vae.config.vocab_size - 1))
             z0 = torch.where(prompt[..., None], vae.to_dit(alone.mu), z0)
-            count = B * self.answer_len if self.training else None  # of latents with loss, the number expected
+            count = B * self.answer_len  # of latents with loss, the number expected
         else:
             prompt, valid = simulated_prompts(B, n, block_size, o.prompt_prob, generator, z0.device), None
             count = B * n * (1 - o.prompt_prob / 2 * (block_size > 1))  # the mean prompt is half a block
         code_weight = CODE_WEIGHT if self.training and o.n_codes else 0.0
+        count = count if self.training else None
         fm = flow_matching_loss(dit, z0, z1, t, prompt, valid, block_size, code_weight, count)
         if not o.joint:
             return fm, {}
@@ -224,7 +225,7 @@ def main():
                 options.block_size = CHAT_BLOCKS
     elif options.joint and "n_codes" not in given:  # the latents would move away from their codes
         options.n_codes = 0
-    stage1 = saved_options(options.vae)
+    stage1 = {} if options.resume else saved_options(options.vae)
     own = {name: stage1[name] for name in ("beta", "mask_weight", "mask_ratio", "decoder_noise") if name in stage1}
     run = Run(replace(options, **own), given)
     o, device = run.options, processes.join_processes(common.pick_device(options.device))

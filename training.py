@@ -6,6 +6,7 @@ number of processes can read them.  Nothing that is read can run code: tensors a
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -100,21 +101,23 @@ def train(run, objective, optimizer, batch, rows, states, evaluate, export, afte
                 break
             run.clock = run.clock[0], run.clock[1] + time.perf_counter() - pause  # speed is that of training alone
     if run.step < o.steps:
-        print(f"stopped after step {run.step:,}; go on with: python {Path(sys.argv[0]).name} --resume --out {o.out}")
+        start = f"{'torchrun ...' if under_torchrun() else 'python'} {Path(sys.argv[0]).name}"
+        print(f"stopped after step {run.step:,}; go on with: {start} --resume --out {shlex.quote(o.out)}")
         sys.exit(128 + (signals or [signal.SIGTERM])[0])
 
 
 @contextmanager
 def noting_signals():
     """Ctrl-C and SIGTERM, which schedulers send, go into the list that this yields, so that a step can be finished and
-    saved; sent again, they end the process at once."""
+    saved; sent again, they end the process at once.  What a shell lets its background jobs ignore stays ignored."""
     received = []
 
     def note(number, _):
         received.append(number)
         signal.signal(number, before[number])
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield received
     finally:
@@ -206,6 +209,7 @@ class Run:
 
     folder/log.jsonl     the losses
     folder/training/300  the state after 300 steps; run.json is written last, so a state without it is unfinished
+                         (training/started, an empty folder, says before the first state that this is a run)
 
     One process, or group of processes, trains in a folder at a time."""
 
@@ -238,10 +242,8 @@ class Run:
             raise ValueError("--fsdp shares a model out over processes: start it with torchrun, or add --no-fsdp")
 
     def is_unfinished_start(self):
-        """Whether the folder holds only what a run writes before its first state."""
-        names = {file.name for file in self.folder.iterdir()} if self.folder.is_dir() else set()
-        ours = {"training", "data", "tokenizer.json", "tokenizer.json.tmp", "cola_vae", "cola_dit"}
-        return "training" in names and names <= ours and last_state(self.folder)[1] is None
+        """Whether a run has begun in the folder, but has no state yet."""
+        return (self.folder / "training" / "started").is_dir() and last_state(self.folder)[1] is None
 
     def lock(self):
         """Take the folder for this process, until it ends, in whatever way.  Raises ValueError if another has it."""
@@ -249,7 +251,13 @@ class Run:
         if self.options.resume and not place.is_dir():
             raise FileNotFoundError(f"{place} does not exist: there is no run to resume, start it without --resume")
         place.mkdir(parents=True, exist_ok=True)
-        if rank() > 0 or fcntl is None or place.resolve() in LOCKS:
+        if rank() == 0:
+            self.take(place)
+            if not self.options.resume:
+                (place / "started").mkdir(exist_ok=True)
+
+    def take(self, place):
+        if fcntl is None or place.resolve() in LOCKS:
             return
         LOCKS[place.resolve()] = os.open(place, os.O_RDONLY)
         try:
@@ -257,6 +265,8 @@ class Run:
         except BlockingIOError:
             os.close(LOCKS.pop(place.resolve()))
             raise ValueError(f"another process trains in {self.folder}: wait for it, or choose another --out") from None
+        except OSError:  # this file system has no locks
+            pass
 
     def plan_anew(self, saved, steps):
         """Let the run end after another number of steps, and say so."""
@@ -317,6 +327,9 @@ class Run:
 
     def restore(self, optimizer, trained, **others):
         """Give the optimizer of the module `trained`, and all models, the state that `save` wrote.  Collective."""
+        if not self.checksums:
+            advice = "--init takes its model"
+            raise ValueError(f"{self.state_folder} is of an older version, which cannot be resumed; {advice}")
         for name, checksum in self.checksums.items() if rank() == 0 else ():
             file = self.state_folder / name
             if not file.is_file() or file_checksum(file) != checksum:
@@ -331,7 +344,8 @@ class Run:
     def save(self, step, optimizer, trained, **others):
         """Write the log, and the state of all after `step` steps in place of the one before; complete or not at all.
         Collective.  Raises ValueError, and keeps the state before, if a weight is not finite."""
-        if not all(value.isfinite().all() for value in trained.state_dict().values()):
+        broken = not all(value.isfinite().all() for value in trained.state_dict().values())  # of FSDP: in our part
+        if any(over_processes([float(broken)], next(trained.parameters()).device)):
             raise ValueError(f"a weight is not finite after step {step}; the last good state is of step {self.step}")
         self.step = step
         if rank() == 0:  # an unfinished state, of another number of processes
@@ -354,7 +368,7 @@ class Run:
         if rank() > 0:
             return
         for other in self.state_folder.parent.iterdir():
-            if other != self.state_folder and other.name.isdigit() and other.is_dir():  # nothing that is not ours
+            if other != self.state_folder and (other.name.isdigit() or other.name == "started") and other.is_dir():
                 shutil.rmtree(other)
         with replacing(self.folder / "log.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in self.log))
@@ -376,14 +390,16 @@ def last_state(folder):
     if not steps:
         return 0, None
     file = Path(folder) / "training" / str(max(steps)) / "run.json"
-    check_regular(file)
     try:
+        check_regular(file)
         content = json.loads(file.read_text())
         options = {name: tuple(v) if isinstance(v, list) else v for name, v in content["options"].items()}
-        log, checksums = list(content["log"]), dict(content["checksums"])
+        log, checksums = list(content["log"]), dict(content.get("checksums", {}))
         if not all(type(row["step"]) is int and math.isfinite(row.get("held_out", 0)) for row in log):
             raise ValueError
         return max(steps), dict(options=options, log=log, checksums=checksums)
+    except FileNotFoundError:  # a run that goes on has just replaced it
+        return last_state(folder)
     except (LookupError, TypeError, ValueError, AttributeError):
         raise ValueError(f"{file} is damaged or truncated") from None
 

@@ -3,4 +3,5 @@
 
 import signal
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in the background jobs of a shell
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -54,7 +54,7 @@ def masked_view(vae, idx, generator):
 
 def test_stage_1_by_hand():
     vae, idx = patched_vae(), tokens()
-    loss, terms = train_vae.VAEObjective(train_vae.Options(**VAE_TERMS), vae)(idx, torch.Generator().manual_seed(0))
+    loss, terms = train_vae.VAEObjective(train_vae.Options(**VAE_TERMS), vae).train()(idx, torch.Generator().manual_seed(0))
 
     generator = torch.Generator().manual_seed(0)
     posterior = vae.encode(idx)
@@ -130,7 +130,7 @@ def test_joint_training_by_hand():
     for p in vae.parameters():  # no longer where it was
         p.data += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(3))
     o = train_prior.Options(joint=True, vae_weight=1.3, ref_weight=0.9, **PRIOR, **VAE_TERMS)
-    objective = train_prior.PriorObjective(o, torch.nn.ModuleDict(dict(dit=dit, vae=vae)), reference)
+    objective = train_prior.PriorObjective(o, torch.nn.ModuleDict(dict(dit=dit, vae=vae)), reference).train()
     loss, terms = objective(idx, torch.Generator().manual_seed(0))
 
     generator = torch.Generator().manual_seed(0)

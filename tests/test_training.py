@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 import common
 import data
+import sample
 import train_prior
 import train_vae
 import training
@@ -354,6 +355,15 @@ def test_prepared_text_through_both_stages(text, tmp_path, monkeypatch, capsys):
     call(train_prior.main, f"{following} {PRIOR_SIZE} {COMMON} --steps 2", monkeypatch, tmp_path)
 
 
+def test_a_held_out_loss_is_a_mean():
+    """By the tokens that were masked, not by the number expected, as in training."""
+    vae, idx = TextVAE(VAEConfig(vocab_size=20, dim=8, ffn_dim=8, n_head=2, latent_dim=2)), torch.zeros(4, 8).long()
+    vae.log_likelihood = lambda z, idx, where: torch.full((int(where.sum()),), -2.0)
+    for vae.training in (True, False):
+        loss = masked_view_loss(vae, idx, 0.3, torch.Generator().manual_seed(0)).item()
+        assert (loss == pytest.approx(2.0)) == (not vae.training)
+
+
 @pytest.mark.parametrize("rows", [1, 4, 32])
 def test_masked_views_count_the_same_however_a_batch_is_cut(rows):
     """Parts of 32 rows of 32 tokens, of which 2 % are masked: some parts have none, and none weighs more for it."""
@@ -638,6 +648,36 @@ def test_a_folder_has_one_run_at_a_time(text, tmp_path):
     Run(Options(out=str(tmp_path / "out")), set())
 
 
+def test_a_start_that_failed_changes_nothing_for_sampling(text, tmp_path, monkeypatch, capsys):
+    with pytest.raises(FileNotFoundError, match="runs/vae"):
+        call(train_prior.main, f"--data {text}", monkeypatch, tmp_path)
+    call(sample.main, "--num-samples 1 --max-new-tokens 1", monkeypatch, tmp_path)
+    assert "pretrained" in capsys.readouterr().err
+
+
+def test_a_run_of_an_older_version(trained, text, tmp_path, monkeypatch):
+    """Its model serves as before; only its training cannot go on."""
+    for name in ("vae", "cola"):
+        shutil.copytree(trained / "runs" / name, tmp_path / "runs" / name)
+        file = tmp_path / "runs" / name / "training" / "6" / "run.json"
+        content = json.loads(file.read_text())
+        del content["checksums"]
+        file.write_text(json.dumps(content))
+    call(sample.main, "--num-samples 1 --max-new-tokens 1", monkeypatch, tmp_path)
+    call(train_prior.main, f"{PRIOR_SIZE} {COMMON} --steps 1 --out new", monkeypatch, tmp_path)
+    with pytest.raises(ValueError, match="is of an older version, which cannot be resumed"):
+        call(train_vae.main, "--resume", monkeypatch, tmp_path)
+
+
+def test_a_background_job_ignores_what_its_shell_lets_it_ignore(monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with training.noting_signals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        common.run_script(lambda: None)
+        assert signals == [] and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("resumable", [False, True])
 def test_what_was_killed_before_its_first_state_starts_anew(trained, text, tmp_path, monkeypatch, capsys, resumable):
     shutil.copytree(trained / "runs" / "vae", tmp_path / "out")
@@ -648,6 +688,7 @@ def test_what_was_killed_before_its_first_state_starts_anew(trained, text, tmp_p
             call(train_vae.main, arguments, monkeypatch, tmp_path)
         return
     (tmp_path / "out" / "training" / "6" / "run.json").unlink()
+    (tmp_path / "out" / "training" / "started").mkdir()
     with pytest.raises(FileNotFoundError, match="there is no run to resume, start it without --resume"):
         call(train_vae.main, "--resume --out out", monkeypatch, tmp_path)
     call(train_vae.main, arguments, monkeypatch, tmp_path)
@@ -655,7 +696,7 @@ def test_what_was_killed_before_its_first_state_starts_anew(trained, text, tmp_p
 
 
 def test_files_of_others_are_never_taken_for_an_unfinished_start(tmp_path):
-    for names in (["cola_vae", "tokenizer.json"], ["training", "notes.txt"]):  # a released model; a folder of one's own
+    for names in (["cola_vae", "tokenizer.json"], ["training", "data", "train.bin"]):  # a model; a folder of one's own
         for name in names:
             (tmp_path / name).mkdir(exist_ok=True) if "." not in name else (tmp_path / name).touch()
         with pytest.raises(FileExistsError):
