@@ -54,7 +54,8 @@ def masked_view(vae, idx, generator):
 
 def test_stage_1_by_hand():
     vae, idx = patched_vae(), tokens()
-    loss, terms = train_vae.VAEObjective(train_vae.Options(**VAE_TERMS), vae).train()(idx, torch.Generator().manual_seed(0))
+    objective = train_vae.VAEObjective(train_vae.Options(**VAE_TERMS), vae).train()
+    loss, terms = objective(idx, torch.Generator().manual_seed(0))
 
     generator = torch.Generator().manual_seed(0)
     posterior = vae.encode(idx)
