@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,14 @@ def every_step_in_the_log():
     import training
 
     training.LOG_EVERY = 1
+
+
+@pytest.fixture(autouse=True, scope="session")
+def heeding_interruptions():
+    """A shell lets its background jobs ignore Ctrl-C, and so would the processes that the tests start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)
