@@ -199,8 +199,6 @@ class ColaDLM(nn.Module):
             yield Block(z, new, last, state.rows)
 
             # The finished block becomes history, for the rows that go on.
-            for row, ids_of_row in zip(state.rows, new, strict=True):
-                left[row] = 0 if ends & set(ids_of_row) else left[row] - len(ids_of_row)
             going = [i for i, row in enumerate(state.rows) if left[row] > 0]
             if last or not going:
                 return
@@ -350,10 +348,12 @@ class Generation:
         return [row[old:] for row, old in zip(tokens.tolist(), self.n_known, strict=True)]
 
     def add(self, z, new, ends, left):
-        """Note the block z (B, block_size, d) and its new tokens: of each row those left, up to an id in `ends`."""
+        """Note the block z (B, block_size, d) and its new tokens: of each row those left, up to an id in `ends`, after
+        which none are left."""
         for row, text, tokens in zip(self.rows, self.text, new, strict=True):
             end = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
             text.extend(tokens[: max(min(end, left[row]), 0)])
+            left[row] = 0 if ends & set(tokens) else left[row] - len(tokens)
         self.last_z = z
 
     def keep(self, kept):

@@ -4,6 +4,7 @@ Nothing in here imports the model."""
 
 import argparse
 import dataclasses
+import hashlib
 import math
 import numbers
 import os
@@ -454,6 +455,15 @@ def flush(path):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def file_hash(file):
+    """SHA-256 of a file's bytes, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as f:
+        while chunk := f.read(1 << 24):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def check_regular(path):

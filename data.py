@@ -13,7 +13,6 @@ if __name__ == "__main__":
 import codecs
 import contextlib
 import functools
-import hashlib
 import heapq
 import json
 import math
@@ -33,7 +32,7 @@ import numpy as np
 import tiktoken
 import torch
 
-from common import check_new, check_regular, option, parse_options, replacing, run_script
+from common import check_new, check_regular, file_hash, option, parse_options, replacing, run_script
 from processes import first_process_first, rank
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -530,10 +529,6 @@ def prepare(source, encoding, folder, batch_size=1, seq_len=1, separator=""):
         with replacing(folder / "tokenizer.sha256") as temporary:
             temporary.write_text(f"{file_hash(folder / 'tokenizer.json')}  tokenizer.json\n")  # for sha256sum -c
     return open_tokens(folder)
-
-
-def file_hash(file):
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def make_tokenizer(name, vocab_size, source):

@@ -12,7 +12,6 @@ import signal
 import sys
 import time
 import warnings
-import zlib
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from tqdm import tqdm
 
 import data
-from common import autocast, check_new, check_range, check_regular, flag, optimizer_step, replacing
+from common import autocast, check_new, check_range, check_regular, file_hash, flag, optimizer_step, replacing
 from processes import n_processes, rank, under_torchrun, wait_for_all
 
 try:
@@ -332,7 +331,7 @@ class Run:
             raise ValueError(f"{self.state_folder} is of an older version, which cannot be resumed; {advice}")
         for name, checksum in self.checksums.items() if rank() == 0 else ():
             file = self.state_folder / name
-            if not file.is_file() or file_checksum(file) != checksum:
+            if not file.is_file() or file_hash(file) != checksum:
                 raise ValueError(f"{file} is damaged or missing: its checksum is not the one in run.json")
         tensors, of_optimizer = self.state(optimizer, trained, others)
         with plain_errors(ValueError, f"{self.state_folder} is damaged, or does not fit this run"):
@@ -356,7 +355,7 @@ class Run:
             dcp.save(self.state(optimizer, trained, others)[0], storage_writer=writer)
         if rank() > 0:
             return
-        checksums = {file.name: file_checksum(file) for file in sorted(self.state_folder.iterdir())}
+        checksums = {file.name: file_hash(file) for file in sorted(self.state_folder.iterdir())}
         content = dict(options=asdict(self.options), log=self.log, checksums=checksums)
         with replacing(self.state_folder / "run.json") as temporary:
             temporary.write_text(json.dumps(content, allow_nan=False) + "\n")
@@ -372,15 +371,6 @@ class Run:
                 shutil.rmtree(other)
         with replacing(self.folder / "log.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in self.log))
-
-
-def file_checksum(file):
-    """CRC-32 of a file's bytes."""
-    value = 0
-    with open(file, "rb") as f:
-        while chunk := f.read(1 << 24):
-            value = zlib.crc32(chunk, value)
-    return value
 
 
 def last_state(folder):

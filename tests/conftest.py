@@ -50,6 +50,15 @@ def heeding_interruptions():
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Threads do not survive a fork, and whoever waits for them waits forever; nor do two threads round like one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def deterministic():
     torch.manual_seed(0)

@@ -23,20 +23,14 @@ import training
 from cola import ColaDLM
 from measure import evaluate
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems do not fork safely")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(sys.platform != "linux", reason="other systems do not fork safely"),
+]
 STEPS = "--steps 6 --save-every 3"
 RUNS = dict(adamw="--optimizer adamw", muon="--optimizer muon", bf16="--optimizer adamw --precision bf16")
 VAE = f"--vocab-size 300 {VAE_SIZE} {COMMON} {STEPS}"
 PRIOR = f"--joint {PRIOR_SIZE} {COMMON} {STEPS}"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads do not survive a fork, and whoever waits for them waits forever; nor do two threads round like one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def processes(main, arguments, cwd, sabotage=None, n=2):

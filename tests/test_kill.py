@@ -11,7 +11,6 @@ import threading
 import time
 
 import pytest
-import torch
 from conftest import COMMON, PRIOR_SIZE, VAE_SIZE
 from safetensors.torch import load_file
 from tqdm import tqdm
@@ -20,20 +19,14 @@ import common
 import train_prior
 import train_vae
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems do not fork safely")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(sys.platform != "linux", reason="other systems do not fork safely"),
+]
 STEPS = "--steps 4 --save-every 2 --eval-every 1 --warmup 1 --out out"
 MAINS = dict(vae=train_vae.main, prior=train_prior.main, joint=train_prior.main)
 CHANGES = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate", "os.link", "os.symlink")
 SLOW = [pytest.param(i, marks=pytest.mark.slow) for i in range(20)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads do not survive a fork, and whoever waits for them waits forever."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def count_operations(folder, kill_at, counter):
@@ -120,7 +113,7 @@ def without_speed(row):
 
 
 @pytest.fixture(scope="module")
-def whole(trained, text, tmp_path_factory):
+def whole(trained, text, tmp_path_factory, one_thread):
     """Of each stage: the command, the files of a run that nobody kills, its operations on files and its seconds."""
     runs = {}
     for stage, arguments in dict(
