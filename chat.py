@@ -24,8 +24,9 @@ import numpy as np
 import torch
 
 from cola import ColaDLM
-from common import TextOptions, option, parse_options, pick_device, run_script, sampling_precision
+from common import pick_device, run_script, sampling_precision
 from data import HELD_OUT, Writer, decode_bytes, end_ids, numbered_objects
+from options import TextOptions, option, parse_options
 from training import saved_options
 
 PROMPT, RESPONSE, PADDING = 0, 1, 2  # what a token of a row is

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from common import SamplingOptions, check_range
 from data import Writer, check_ids, end_ids, prompt_ids, save_tokenizer
 from dit import CLEAN, NOISY
 from flow import guide, solve, solver_times
+from options import SamplingOptions, check_range
 from released_format import find_tokenizer, load_dit, load_vae, save_dit, save_vae
 from transformer import KVCache
 
@@ -140,7 +140,7 @@ class ColaDLM(nn.Module):
         state: of `prefill`, for one row: a text that `ids` continue.  It is moved on, and can be given again.
         watch(z, t, new): called after every step of the solver, with the latents (B, block_size, d) and the likeliest
         tokens of each row, those of the prompt excepted.
-        options: of `common.SamplingOptions`, by default as in RELEASED.  Raises ValueError for one out of range.
+        options: of `options.SamplingOptions`, by default as in RELEASED.  Raises ValueError for one out of range.
 
         block_size: latents per block; 0: the prior's own.  A prior trained with several sizes writes with each.  Where
         a block ends inside one of the VAE's, as in the released chat, the decoder sees that one unfinished.

@@ -1,12 +1,10 @@
-"""What the scripts share: command line, device and precision, optimizer, files.
+"""What the scripts share: the end of a script, device and precision, processes, optimizer, files.
 
 Nothing in here imports the model."""
 
-import argparse
 import dataclasses
 import hashlib
 import math
-import numbers
 import os
 import re
 import reprlib
@@ -14,182 +12,19 @@ import signal
 import stat
 import sys
 import time
+import warnings
 from collections import defaultdict
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
-from processes import local_rank, rank, under_torchrun
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line: one dataclass a script is the only home of its options, defaults, ranges and help
-
-
-def option(default, help="", low=None, high=None, choices=None, hidden=False):
-    """A dataclass field that is also a command-line option, unless it is hidden; a tuple takes several values."""
-    metadata = dict(help=help, low=low, high=high, choices=choices, hidden=hidden)
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-@dataclasses.dataclass
-class TrainingOptions:
-    """What both training scripts let a user choose, with the same defaults."""
-
-    init: str = option("", "folder of a model to start from: weights, sizes, tokenizer; nothing: start anew")
-    eval_every: int = option(200, "steps between evaluations on held-out text; the best model is kept", low=1)
-    decay: float = option(0.5, "share of the steps, the last, in which the learning rate falls", low=0.0, high=1.0)
-    micro_batch: int = option(0, "gradient accumulation: sequences of one pass, for less memory; 0: all at once", low=0)
-    fsdp: bool = option(False, "under torchrun, shard weights and optimizer over the processes: less memory")
-    checkpointing: bool = option(False, "compute activations again for the gradient: less memory, a third more time")
-    compile: bool = option(False, "compile the models: faster on a GPU, after a minute or more")
-    optimizer: str = option("muon", "muon (hidden matrices; AdamW for the rest) or adamw", choices=("muon", "adamw"))
-    weight_decay: float = option(0.01, "weight decay of matrices", low=0.0)
-    clip: float = option(1.0, "largest norm of the gradient; 0: any", low=0.0)
-    resume: bool = option(False, "continue the run in that folder")
-    save_every: int = option(100, "steps between checkpoints", low=1)
-    seed: int = option(0, "seed of weights, batches and noise", low=0, high=2**31)
-    device: str = option("auto", "auto, cpu, cuda, mps")
-    precision: str = option("auto", "of matrix products; weights stay fp32", choices=("auto", "fp32", "bf16"))
-
-
-SOLVERS, GRIDS = ("euler", "heun"), ("uniform", "quantiles")  # of `flow.solve` and `flow.solver_times`
-
-
-@dataclasses.dataclass
-class SamplingOptions:
-    """The options of `ColaDLM.stream` as the scripts have them: the only home of their ranges.  (The defaults are for
-    small models; those of the library are the released ones, `cola.RELEASED`.)"""
-
-    max_new_tokens: int = option(64, "at most so many new tokens a sample", low=1)
-    block_size: int = option(0, "latents per block, one of those in training; 0: the model's own", low=0)
-    steps: int = option(16, "steps of the ODE solver per block", low=1)
-    solver: str = option("euler", "heun evaluates the prior twice a step, for --eta 0", choices=SOLVERS)
-    grid: str = option("quantiles", "times of the steps; quantiles: of the times of training", choices=GRIDS)
-    eta: float = option(1.0, "share of fresh noise in each step, as in DDIM; 0: the ODE", low=0.0, high=1.0)
-    cfg_scale: float = option(
-        0.0,
-        "guidance: how strongly the history steers, from the second block on; 1: none; 0: 4 in blocks of one, else 7",
-        low=0.0,
-        high=1e3,
-    )
-    temperature: float = option(0.0, "of the tokens; 0 takes the likeliest", low=0.0)
-    top_k: int = option(0, "keep the k likeliest tokens; 0 keeps all", low=0)
-    top_p: float = option(1.0, "keep the likeliest tokens of this total probability", low=0.0, high=1.0)
-    repetition_penalty: float = option(1.0, "above 1: avoid tokens of earlier blocks", low=1e-6)
-    seed: int = option(0, "seed of the noise", low=0, high=2**31)
-
-    def guidance(self, block_size):
-        """The cfg_scale for blocks of a size.  Larger blocks want more; blocks of one lose variety by it."""
-        return self.cfg_scale or (4.0 if block_size == 1 else 7.0)
-
-    def settings(self):
-        """These options alone, without what a script adds to them."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(SamplingOptions)}
-
-
-DTYPES = ("auto", "fp32", "bf16", "autocast")
-DTYPE_HELP = "of the weights; autocast: fp32, with products in bf16, as released; auto: bf16 on CUDA, else fp32"
-
-
-@dataclasses.dataclass
-class TextOptions(SamplingOptions):
-    """What the scripts that write text add."""
-
-    device: str = option("auto", "auto, cpu, cuda, mps")
-    dtype: str = option("auto", DTYPE_HELP, choices=DTYPES)
-    pad_id: int = option(
-        -1, "fills a prompt's last block for the encoder; -1: the last id; the released chat: 47774", low=-1
-    )
-    eos_id: tuple = option((-1,), "ids that end a text; -1: the tokenizer's own; released: 100257 100265", low=-1)
-
-    def own_ids(self, tokenizer):
-        """The settings pad_id and eos_id of `ColaDLM.generate`."""
-        ends = [tokenizer.eot_token if i == -1 else i for i in self.eos_id]
-        return dict(pad_id=None if self.pad_id == -1 else self.pad_id, eos_id=ends)
-
-
-def flag(name):
-    return "--" + name.replace("_", "-")
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        fail(f"{message} (--help lists the options)")
-
-
-def parse_options(cls, description, presets=None, argv=None):
-    """Read the command line into an instance of the dataclass `cls`.
-
-    presets: {name: {option: value}}, chosen by the option `preset` and weaker than what is given explicitly.
-    Returns (options, given), given being the names that stand on the command line.  Exits with code 2 and one line if
-    something is wrong."""
-    parser = Parser(
-        description=description,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    fields = [field for field in dataclasses.fields(cls) if not field.metadata["hidden"]]
-    for field in fields:
-        shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-        kwargs = dict(help=f"{field.metadata['help']} (default: {shown!r})".replace("%", "%%"))
-        if isinstance(field.default, bool):
-            kwargs["action"] = argparse.BooleanOptionalAction
-        elif isinstance(field.default, tuple):
-            kind = type(field.default[0]) if field.default else str
-            kwargs.update(nargs="+", type=kind, metavar="TEXT" if kind is str else kind.__name__.upper())
-        else:
-            kwargs.update(type=type(field.default), choices=field.metadata["choices"])
-            kwargs["metavar"] = None if field.metadata["choices"] else type(field.default).__name__.upper()
-        parser.add_argument(flag(field.name), **kwargs)
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(parser.parse_args(argv)).items()}
-    try:
-        check_range(cls, {field.name: field.default for field in fields} | given, flag)
-    except ValueError as error:
-        parser.error(error)
-    preset = (presets or {}).get(given.get("preset"), {})
-    return cls(**(preset | given)), set(given)
-
-
 LARGEST = 2**31  # of a number that an option or a configuration may have: greater ones overflow somewhere
-KINDS = {  # of a value, by the type of its option's default
-    int: (numbers.Integral, "an integer"),
-    float: (numbers.Real, "a number"),
-    bool: (bool, "true or false"),
-    str: (str, "a text"),
-}
-
-
-def check_range(cls, values, spelt=str):
-    """Raises ValueError for a value that the option of this name in the dataclass `cls` may not have; a tuple has
-    several.  spelt: how the error writes the name."""
-    options = {field.name: field for field in dataclasses.fields(cls)}
-    for name, value in values.items():
-        default, about = options[name].default, options[name].metadata
-        several = isinstance(default, tuple)
-        if several != isinstance(value, tuple):
-            allowed = "a list of values" if several else "one value"
-            raise ValueError(f"{spelt(name)} {reprlib.repr(value)} must be {allowed}")
-        kind = type(default) if not several else type(default[0]) if default else str
-        for number in value if several else (value,):
-            where = f"{spelt(name)} {reprlib.repr(number)}"
-            expected, called = KINDS[kind]
-            if not isinstance(number, expected) or (isinstance(number, bool) and kind is not bool):
-                raise ValueError(f"{where} must be {called}")
-            if about["choices"] and number not in about["choices"]:
-                raise ValueError(f"{where} is out of range: it must be one of {', '.join(about['choices'])}")
-            low, high = about["low"], about["high"]
-            if kind is float and not abs(number) <= LARGEST:
-                raise ValueError(f"{where} is out of range: it must be a finite number of at most {LARGEST}")
-            if kind is int and high is None and number > LARGEST:
-                raise ValueError(f"{where} is out of range: it must be at most {LARGEST}")
-            if (low is not None and number < low) or (high is not None and number > high):
-                allowed = f"at least {low}" if high is None else f"between {low} and {high}"
-                raise ValueError(f"{where} is out of range: it must be {allowed}")
 
 
 def check_sizes(config):
@@ -297,6 +132,111 @@ def uses_bf16(device, precision):
 def muon_dtype(device, precision):
     """torch.dtype of the products in Muon: bfloat16 if training uses it and the hardware multiplies it, else fp32."""
     return torch.bfloat16 if uses_bf16(device, precision) and multiplies_bf16(device) else torch.float32
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Processes: torchrun starts one for each device and numbers them; without it there is one, number 0.
+#
+# The first process alone prints, and writes all but the training state (training.py).  Where something is said to be
+# collective, all must take part.
+
+
+def under_torchrun():
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def rank():
+    """The number of this process."""
+    return int(os.environ["RANK"]) if under_torchrun() else 0
+
+
+def local_rank():
+    """The number of this process among those of its machine."""
+    return int(os.environ["LOCAL_RANK"]) if under_torchrun() else 0
+
+
+def n_processes():
+    return int(os.environ["WORLD_SIZE"]) if under_torchrun() else 1
+
+
+def join_processes(device):
+    """Wait until all processes are here; only the first will print.  Returns the device, for convenience.
+    Raises ValueError if processes cannot work together on devices of this type."""
+    if not under_torchrun():
+        return device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif device.type != "cpu":
+        raise ValueError(f"torchrun works with cuda and cpu only: --device {device.type} takes one process")
+    backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    dist.init_process_group(backend, timeout=timedelta(hours=2), device_id=device_id)  # tokenizing may take long
+    wait_for_all()
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w", errors="replace")  # noqa: SIM115
+    return device
+
+
+def wait_for_all():
+    """Go on when all processes are here."""
+    if under_torchrun():
+        dist.barrier()
+
+
+@contextmanager
+def first_process_first():
+    """The other processes enter after the first has left."""
+    if rank() > 0:
+        wait_for_all()
+    yield
+    if rank() == 0:
+        wait_for_all()
+
+
+def distribute(objective, groups, device, fsdp=False):
+    """The objective as this process trains it: alone, as one of equal copies (DDP) or, with --fsdp, keeping one part of
+    every parameter, gradient and optimizer state.
+
+    groups: the modules, or lists of modules, whose weights FSDP gathers together just before their forward pass; the
+    rest goes with the objective.  They travel in fp32, and autocast makes of them what it would without FSDP: in
+    bfloat16 the weights of LayerNorms would be rounded, which moves the latents."""
+    if not under_torchrun():
+        return objective
+    if not fsdp:
+        return nn.parallel.DistributedDataParallel(objective, gradient_as_bucket_view=True)  # one copy of gradients
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    warnings.filterwarnings("ignore", ".*returned a view tensor")  # which matters to those who write into it
+    mesh = init_device_mesh(device.type, (n_processes(),))
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # positions need all their digits
+    for group in [*groups, objective]:
+        fully_shard(group, mesh=mesh, mp_policy=policy)
+    return objective
+
+
+def whole(model):
+    """The model itself or, if it is sharded, its unsharded copy on the CPU, with weights in the first process only.
+    Collective."""
+    if not any(hasattr(p, "full_tensor") for p in model.parameters()):
+        return model
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    with torch.device("meta"):
+        copy = type(model)(model.config)
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank() == 0:
+        copy.load_state_dict(state, assign=True)
+    return copy
+
+
+def collect(items):
+    """All-gather of picklable items: all of them in order, of which each process holds every n-th, from its number on.
+    Collective."""
+    shares = [items]
+    if under_torchrun():
+        shares = [None] * n_processes()
+        dist.all_gather_object(shares, items)
+    return [shares[i % len(shares)][i // len(shares)] for i in range(sum(map(len, shares)))]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

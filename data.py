@@ -32,8 +32,8 @@ import numpy as np
 import tiktoken
 import torch
 
-from common import check_new, check_regular, file_hash, option, parse_options, replacing, run_script
-from processes import first_process_first, rank
+from common import check_new, check_regular, file_hash, first_process_first, rank, replacing, run_script
+from options import option, parse_options
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Documents

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cola import ColaDLM
-from common import TextOptions, option, parse_options, pick_device, run_script, sampling_precision
+from common import collect, join_processes, n_processes, pick_device, rank, run_script, sampling_precision
 from data import decode_bytes, prompt_ids
-from processes import collect, join_processes, n_processes, rank
+from options import TextOptions, option, parse_options
 from training import saved_options
 
 PRETRAINED = Path(__file__).parent / "pretrained"  # the small model that comes with the repository

@@ -12,7 +12,7 @@ if __name__ == "__main__":
     import extras.quiet  # noqa: F401
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,69 +21,16 @@ import torch.nn as nn
 
 import common
 import data
-import processes
 from chat import PADDING, PROMPT, RESPONSE, open_chats, random_rows
-from common import option
 from dit import DiT, DiTConfig
-from extras.codebook import fit_codes
+from extras.codebook import CODE_TOKENS, fit_codes
 from extras.kernels import compile_blocks
 from flow import flow_matching_loss, sample_times, simulated_prompts
+from options import PriorOptions, parse_options
 from released_format import find_tokenizer, load_dit, load_dit_config, load_vae, save_dit, save_vae
 from training import Run, adopt, held_out_loss, saved_options, train
 from vae import masked_view_loss, reconstruction_loss
 
-
-@dataclass
-class Options(common.TrainingOptions):  # which adds seed, device, resume and the like
-    # data
-    vae: str = option("runs/vae", "folder of the stage-1 run or of a released model; with --init: that one")
-    data: tuple = option((), "as in train_vae.py, tokenized as the VAE was; nothing: the text of the run of --vae")
-    chat: tuple = option((), "with --init, instead of --data: conversations to tune a model on (chat.py), .jsonl")
-    # model; the latent size is the VAE's
-    preset: str = option("small", "small; plain: without codes; 2b: the paper's", choices=("small", "plain", "2b"))
-    dim: int = option(192, "width", low=1)
-    n_head: int = option(2, "attention heads", low=1)
-    n_layer: int = option(4, "transformer layers", low=1)
-    block_size: tuple = option((1, 2, 4), "latents per block, drawn in each pass; the first is that of sampling", low=1)
-    self_conditioning: bool = option(True, "the prior sees its last estimate of z0 (not the paper's)")
-    n_codes: int = option(512, "codes of the read-out, at most (extras/codebook.py); 0: the paper's prior", low=0)
-    # objective
-    t_loc: float = option(1.0, "times are sigmoid(N(t_loc, t_scale)); the paper: 1 for d = 16, 1.7 for 64, 2.3 for 128")
-    t_scale: float = option(1.0, hidden=True)
-    block_times: bool = option(True, hidden=True)  # a time for every block of several latents; the paper: every row
-    prompt_prob: float = option(0.05, hidden=True)  # share of blocks that keep a random clean prefix, a prompt
-    joint: bool = option(False, "train the VAE along, held near its stage-1 encoder")
-    vae_weight: float = option(1.0, hidden=True)  # joint: of the VAE's terms; that of the flow-matching loss is 1
-    ref_weight: float = option(1.0, hidden=True)  # joint: of KL(q || q_ref), per token, to the frozen encoder
-    vae_lr_ratio: float = option(1.0, hidden=True)  # joint: learning rate of the VAE over that of the prior
-    # optimization
-    steps: int = option(1400, "training steps", low=1)
-    batch_size: int = option(32, "sequences per step", low=1)
-    seq_len: int = option(32, "tokens per sequence", low=1)
-    lr: float = option(8e-3, "peak learning rate", low=0.0)
-    final_lr: float = option(1e-5, hidden=True)  # at the end
-    eval_every: int = option(350, "steps between evaluations on held-out text; the best model is kept", low=1)
-    warmup: int = option(50, "steps of linear warm-up", low=0)
-    ema: float = option(0.99, "decay of the moving average of the weights, which gets sampled", low=0.0, high=1.0)
-    # run
-    out: str = option("runs/cola", "folder of the run and of the whole model")
-    # joint: the VAE's own terms, weighted as in its stage 1 (no flags)
-    beta: float = option(1e-4, hidden=True)
-    mask_weight: float = option(0.5, hidden=True)
-    mask_ratio: float = option(0.2, hidden=True)
-    decoder_noise: float = option(0.5, hidden=True)
-
-
-PRESETS = {  # "small" is what stands above
-    "plain": dict(block_size=(1,), n_codes=0, self_conditioning=False, block_times=False, steps=2000),
-    "2b": dict(
-        dim=2048, n_head=16, n_layer=24, block_size=(16,), n_codes=0, self_conditioning=False,
-        block_times=False, joint=True,
-        batch_size=1408, micro_batch=16, seq_len=512, steps=1_000_000, save_every=1000,  # released: step 300,000
-        optimizer="adamw", lr=1.5e-4, final_lr=1e-5, warmup=5000, decoder_noise=0.0, checkpointing=True, decay=1.0,
-        ema=0.0,  # the paper evaluates the weights themselves
-    ),
-}  # fmt: skip
 CHAT_BLOCKS = (16, 16, 16, 8, 8, 8, 4, 4, 4, 1)  # the shares of the released tuning, for models with blocks of 16
 CODE_WEIGHT = 1.0  # of the cross-entropy of the codes, in training; what the bar and the log show is the sum
 
@@ -213,7 +160,7 @@ def open_text(o, folder, vae, tokenizer):
 
 
 def main():
-    options, given = common.parse_options(Options, __doc__, PRESETS)
+    options, given = parse_options(PriorOptions, __doc__)
     if options.init:
         options.vae = options.vae if "vae" in given else options.init
         options = adopt(options, given, load_dit_config(options.init), free=("block_size", "t_loc"))
@@ -228,9 +175,9 @@ def main():
     stage1 = {} if options.resume else saved_options(options.vae)
     own = {name: stage1[name] for name in ("beta", "mask_weight", "mask_ratio", "decoder_noise") if name in stage1}
     run = Run(replace(options, **own), given)
-    o, device = run.options, processes.join_processes(common.pick_device(options.device))
+    o, device = run.options, common.join_processes(common.pick_device(options.device))
 
-    rows = data.micro_batch_size(o.batch_size, o.micro_batch, processes.n_processes())  # of one forward pass
+    rows = data.micro_batch_size(o.batch_size, o.micro_batch, common.n_processes())  # of one forward pass
     if o.joint and o.n_codes:
         raise ValueError(f"--joint would move the latents away from the {o.n_codes} codes of this prior: it needs none")
     if o.self_conditioning and rows < 2:
@@ -244,7 +191,7 @@ def main():
     dit = (load_dit(o.init, device) if o.init and not o.resume else DiT(config)).to(device)
     dit.config = config
     if o.n_codes and not o.init and not o.resume:
-        fit_codes(dit.codebook, vae, source, o.seq_len)
+        fit_codes(dit.codebook, vae, data.even_batch(source, max(CODE_TOKENS // o.seq_len, 1), o.seq_len).to(device))
     trained = nn.ModuleDict(dict(dit=dit, vae=copy.deepcopy(vae)) if o.joint else dict(dit=dit))
     vae.requires_grad_(False)  # the frozen VAE, or the reference
     ema = copy.deepcopy(trained).requires_grad_(False)
@@ -254,10 +201,10 @@ def main():
         if o.compile:
             compile_blocks(model)
 
-    objective = processes.distribute(PriorObjective(o, trained, vae, answer_len), fsdp_groups(trained), device, o.fsdp)
+    objective = common.distribute(PriorObjective(o, trained, vae, answer_len), fsdp_groups(trained), device, o.fsdp)
     average = PriorObjective(o, ema, vae, answer_len)
     if o.fsdp:  # the average is kept in the same parts
-        processes.distribute(average, fsdp_groups(ema), device, o.fsdp)
+        common.distribute(average, fsdp_groups(ema), device, o.fsdp)
     lr_ratios = dict(dit=1.0, vae=o.vae_lr_ratio)
     with_ratios = [(model, lr_ratios[name]) for name, model in trained.items()]
     optimizer = common.make_optimizer(with_ratios, o.optimizer, o.weight_decay, common.muon_dtype(device, o.precision))
@@ -273,13 +220,13 @@ def main():
         return dict(held_out=sum(losses.values()) / len(losses)) | {f"held_out_{s}": v for s, v in losses.items()}
 
     def export():
-        whole = {name: processes.whole(model) for name, model in ema.items()}
-        if processes.rank() == 0:
+        whole = {name: common.whole(model) for name, model in ema.items()}
+        if common.rank() == 0:
             save_dit(whole["dit"], run.folder)
             if o.joint:
                 save_vae(whole["vae"], run.folder)
 
-    if not o.resume and processes.rank() == 0:
+    if not o.resume and common.rank() == 0:
         save_vae(vae, run.folder)  # a frozen VAE and the tokenizer stay as they are
         data.save_tokenizer(tokenizer, run.folder / "tokenizer.json")
     train(run, objective, optimizer, batch, rows, states, evaluate, export,

@@ -11,7 +11,7 @@ if __name__ == "__main__":
     import extras.quiet  # noqa: F401
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 import torch.nn as nn
@@ -19,58 +19,14 @@ from tqdm import tqdm
 
 import common
 import data
-import processes
-from common import flag, option
 from extras.kernels import compile_blocks
+from options import VAEOptions, flag, parse_options
 from released_format import find_tokenizer, load_vae, load_vae_config, save_vae
 from training import Run, adopt, held_out_loss, train
 from vae import TextVAE, VAEConfig, masked_view_loss, reconstruction_loss, token_accuracy
 
 LOW_SNR = 0.5  # about 4.5 is usual; 0 is where a new VAE begins, and where the posterior collapses to N(mu, 1)
 PARTS = dict(all="", decoder="decoder", final_layer="decoder.final_layer")  # names of --vae-part, of parameters
-
-
-@dataclass
-class Options(common.TrainingOptions):  # which adds seed, device, resume and the like
-    # data
-    data: tuple = option(("names",), "text files, folders, .jsonl, or what data.py made; names: of Unicode characters")
-    tokenizer: str = option("bpe", "bpe (trained on the text), a tokenizer.json, or a tiktoken name (cl100k_base)")
-    vocab_size: int = option(512, "size of a trained vocabulary", low=258)
-    # model
-    preset: str = option("small", "model and recipe: small, or 2b for the paper's", choices=("small", "2b"))
-    dim: int = option(128, "width", low=2)
-    ffn_dim: int = option(512, "width of the feed-forward layer before SwiGLU halves it", low=2)
-    n_head: int = option(2, "attention heads", low=1)
-    n_encoder_layer: int = option(1, "transformer layers of the encoder", low=1)
-    n_decoder_layer: int = option(1, "transformer layers of the decoder", low=1)
-    latent_dim: int = option(32, "channels of a latent", low=2)
-    patch_size: int = option(1, "tokens per latent", low=1)
-    block_size: int = option(1, "latents that see each other in both directions; 1: a causal VAE", low=1)
-    vae_part: str = option("all", "what is trained; a prior stays valid unless the encoder is", choices=tuple(PARTS))
-    # objective
-    beta: float = option(1e-4, "weight of the KL to N(0, I), in nats per token", low=0.0)
-    mask_weight: float = option(0.5, "weight of the masked-view loss", low=0.0)
-    mask_ratio: float = option(0.2, "share of tokens masked in that view", low=0.0, high=1.0)
-    decoder_noise: float = option(0.5, "the decoder learns from latents noised to times up to this", low=0.0, high=1.0)
-    # optimization
-    steps: int = option(300, "training steps", low=1)
-    batch_size: int = option(16, "sequences per step", low=1)
-    seq_len: int = option(128, "tokens per sequence", low=1)
-    lr: float = option(2e-3, "peak learning rate", low=0.0)
-    final_lr: float = option(1e-4, "learning rate at the end", low=0.0)
-    warmup: int = option(30, "steps of linear warm-up", low=0)
-    # run
-    out: str = option("runs/vae", "folder of the run and of the trained VAE")
-
-
-PRESETS = {  # "small" is what stands above
-    "2b": dict(
-        tokenizer="cl100k_base", vocab_size=100278, latent_dim=16, block_size=16,
-        dim=1536, ffn_dim=6144, n_head=12, n_encoder_layer=4, n_decoder_layer=4,
-        batch_size=1408, micro_batch=16, seq_len=512, steps=200_000, save_every=1000,
-        optimizer="adamw", lr=1.5e-4, final_lr=1e-5, warmup=5000, decoder_noise=0.0, checkpointing=True, decay=1.0,
-    ),
-}  # fmt: skip
 
 
 class VAEObjective(nn.Module):
@@ -101,18 +57,18 @@ def vae_config(o):
 
 
 def main():
-    options, given = common.parse_options(Options, __doc__, PRESETS)
+    options, given = parse_options(VAEOptions, __doc__)
     if options.init:
         options = adopt(options, given, load_vae_config(options.init))
     elif options.vae_part != "all" and not options.resume:
         raise ValueError(f"--vae-part {options.vae_part} leaves the rest as it is, which takes a model: add --init")
     run = Run(options, given)
-    o, device = run.options, processes.join_processes(common.pick_device(options.device))
+    o, device = run.options, common.join_processes(common.pick_device(options.device))
     start = run.folder if o.resume else o.init  # of weights, configuration and tokenizer; "" if all is new
 
     # Text, tokens, tokenizer.
     config = load_vae_config(start) if start else vae_config(o)
-    rows = data.micro_batch_size(o.batch_size, o.micro_batch, processes.n_processes())
+    rows = data.micro_batch_size(o.batch_size, o.micro_batch, common.n_processes())
     data.check_seq_len(o.seq_len, config.patch_size, config.block_size)
     if (o.init or data.is_prepared(o.data[0])) and (named := given & {"tokenizer", "vocab_size"}):
         raise ValueError(f"{o.init or o.data[0]} has a tokenizer already: leave out {flag(min(named))}")
@@ -135,7 +91,7 @@ def main():
     if o.compile:
         compile_blocks(vae)
 
-    objective = processes.distribute(VAEObjective(o, vae), vae.blocks, device, o.fsdp)
+    objective = common.distribute(VAEObjective(o, vae), vae.blocks, device, o.fsdp)
     optimizer = common.make_optimizer([(vae, 1.0)], o.optimizer, o.weight_decay, common.muon_dtype(device, o.precision))
     if o.resume:
         run.restore(optimizer, vae)
@@ -154,14 +110,14 @@ def main():
         return dict(held_out=held_out_loss(objective, held_out, o, rows))
 
     def export():
-        whole = processes.whole(vae)
-        if processes.rank() == 0:
+        whole = common.whole(vae)
+        if common.rank() == 0:
             save_vae(whole, run.folder)
 
-    if not o.resume and processes.rank() == 0:
+    if not o.resume and common.rank() == 0:
         data.save_tokenizer(corpus.tokenizer, run.folder / "tokenizer.json")
     train(run, objective, optimizer, batch, rows, dict(trained=vae), evaluate, export)
-    if processes.rank() > 0:
+    if common.rank() > 0:
         return
     vae = load_vae(run.folder, device)  # the best
     parts = held_out.to(device).split(rows)

@@ -24,8 +24,19 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from tqdm import tqdm
 
 import data
-from common import autocast, check_new, check_range, check_regular, file_hash, flag, optimizer_step, replacing
-from processes import n_processes, rank, under_torchrun, wait_for_all
+from common import (
+    autocast,
+    check_new,
+    check_regular,
+    file_hash,
+    n_processes,
+    optimizer_step,
+    rank,
+    replacing,
+    under_torchrun,
+    wait_for_all,
+)
+from options import check_range, flag
 
 try:
     import fcntl

@@ -3,9 +3,7 @@
 import torch
 import torch.nn as nn
 
-from data import even_batch
-
-CODE_TOKENS = 1 << 16  # of the training text, in whose latents the codes are found
+CODE_TOKENS = 1 << 16  # enough of the training text to find the codes in
 
 
 class Codebook(nn.Module):
@@ -71,9 +69,8 @@ class Codebook(nn.Module):
 
 
 @torch.no_grad()
-def fit_codes(codebook, vae, tokens, seq_len):
-    """Find the codes in the latents of a text, a token file."""
-    idx = even_batch(tokens, max(CODE_TOKENS // seq_len, 1), seq_len).to(codebook.codes.device)
+def fit_codes(codebook, vae, idx):
+    """Find the codes in the latents of tokens idx (N, L)."""
     mu, logvar = zip(*((q.mu, q.logvar) for q in map(vae.encode, idx.split(64))), strict=True)
     variance = 0.0 if logvar[0] is None else torch.cat(logvar).exp().mean() * vae.config.scaling_factor**2
     codebook.fit(vae.to_dit(torch.cat(mu)).flatten(0, 1), variance)

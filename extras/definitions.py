@@ -12,7 +12,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import option, parse_options, replacing, run_script
+from common import replacing, run_script
+from options import option, parse_options
 
 
 def definitions(lines):

@@ -31,12 +31,12 @@ import common
 import train_prior
 import train_vae
 from cola import ColaDLM
-from common import option
 from dit import DiT, rotate_interleaved
 from extras.compiled import CompiledColaDLM
 from extras.kernels import compile_blocks
 from flow import flow_matching_loss
 from measure.budget import decoder_flops, dit_flops, prior_step_flops, vae_step_flops
+from options import PriorOptions, VAEOptions, option, parse_options
 from tests import reference
 from transformer import apply_rope
 from vae import TextVAE
@@ -160,10 +160,10 @@ def median_time(name, function, device, repeats):
 
 def build(o, device):
     """A ColaDLM of the preset's sizes with random weights, none of them zero."""
-    sizes = train_vae.PRESETS.get(o.preset, {}) | dict(preset=o.preset, block_size=o.block_size)
-    vae_config = train_vae.vae_config(train_vae.Options(**sizes))
-    papers = train_prior.PRESETS["2b" if o.preset == "2b" else "plain"] | dict(block_size=(o.block_size,))
-    prior = train_prior.Options(**papers)
+    sizes = VAEOptions.PRESETS.get(o.preset, {}) | dict(preset=o.preset, block_size=o.block_size)
+    vae_config = train_vae.vae_config(VAEOptions(**sizes))
+    papers = PriorOptions.PRESETS["2b" if o.preset == "2b" else "plain"] | dict(block_size=(o.block_size,))
+    prior = PriorOptions(**papers)
     dit_config = train_prior.dit_config(prior, vae_config)
     with device:
         models = TextVAE(vae_config), DiT(dit_config)
@@ -179,11 +179,11 @@ def training(o, model, device, table, rate):
     if o.compile:
         for part in (vae, dit):
             compile_blocks(part)
-    name = train_prior.PRESETS.get(o.preset, {}).get("optimizer", "muon")
+    name = PriorOptions.PRESETS.get(o.preset, {}).get("optimizer", "muon")
     dtype = common.muon_dtype(device, o.precision)
     optimizers = [common.make_optimizer([(part, 1.0)], name, 0.01, dtype) for part in (vae, dit)]
 
-    objective = train_vae.VAEObjective(train_vae.Options(), vae)
+    objective = train_vae.VAEObjective(VAEOptions(), vae)
 
     def stage1(L, B):
         idx = torch.randint(0, vae.config.vocab_size, (B, L), device=device)
@@ -349,7 +349,7 @@ def savings(o, model, device, table, label):
 
 
 def main():
-    o, _ = common.parse_options(Options, __doc__)
+    o, _ = parse_options(Options, __doc__)
     device = common.pick_device(o.device)
     if o.compare == o.out:
         raise ValueError(f"--compare {o.compare} would be overwritten: choose another --out")

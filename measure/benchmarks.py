@@ -22,10 +22,9 @@ from string import Formatter
 
 from tqdm import tqdm
 
-from common import replacing
+from common import collect, first_process_first, n_processes, rank, replacing
 from data import numbered_objects
 from measure.likelihood import conditional_log_prob
-from processes import collect, first_process_first, n_processes, rank
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Prompts

@@ -20,10 +20,11 @@ import torch
 
 import train_prior
 import train_vae
-from common import fail, option, parse_options, run_script
+from common import fail, run_script
 from data import micro_batch_size
 from dit import TIME_CHANNELS, DiT, DiTConfig
 from flow import clean_length
+from options import PriorOptions, VAEOptions, option, parse_options
 from released_format import load_dit_config, load_vae_config
 from training import adopt
 from vae import MAX_LOGITS, TextVAE, VAEConfig
@@ -150,23 +151,23 @@ class Budget:
 
 
 @dataclass
-class VAEOptions(Budget, train_vae.Options):
+class VAEBudget(Budget, VAEOptions):
     pass
 
 
 @dataclass
-class PriorOptions(Budget, train_prior.Options):
+class PriorBudget(Budget, PriorOptions):
     pass
 
 
 def main():
     stage, argv = (sys.argv[1:2] or [""])[0], sys.argv[2:]
     if stage == "vae":
-        o, given = parse_options(VAEOptions, __doc__, train_vae.PRESETS, argv)
+        o, given = parse_options(VAEBudget, __doc__, argv)
         o = adopt(o, given, load_vae_config(o.init)) if o.init else o
         report(o, load_vae_config(o.init) if o.init else train_vae.vae_config(o))
     elif stage == "prior":
-        o, given = parse_options(PriorOptions, __doc__, train_prior.PRESETS, argv)
+        o, given = parse_options(PriorBudget, __doc__, argv)
         if o.chat:
             raise ValueError("--chat: conversations as long as --seq-len cost what a text does; leave it out")
         o = adopt(o, given, load_dit_config(o.init), free=("block_size", "t_loc")) if o.init else o

@@ -28,12 +28,13 @@ from tqdm import tqdm
 import data
 from cola import RELEASED, ColaDLM
 from common import (
-    TextOptions,
     check_new,
-    flag,
-    option,
-    parse_options,
+    collect,
+    first_process_first,
+    join_processes,
+    n_processes,
     pick_device,
+    rank,
     replacing,
     run_script,
     sampling_precision,
@@ -42,7 +43,7 @@ from extras.compiled import CompiledColaDLM
 from flow import solve, velocity_error, velocity_of_all_blocks
 from measure import benchmarks, judge
 from measure.likelihood import LogWeights, log_weights
-from processes import collect, first_process_first, join_processes, n_processes, rank
+from options import TextOptions, flag, option, parse_options
 from released_format import weight_files
 from training import own_data
 from vae import Posterior

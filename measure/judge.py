@@ -23,7 +23,8 @@ import numpy as np
 
 import data
 from cola import ColaDLM
-from common import SamplingOptions, option, parse_options, pick_device, run_script
+from common import pick_device, run_script
+from options import SamplingOptions, option, parse_options
 from training import own_data
 
 JUDGED = 1 << 22  # bytes, and tokens at most, of the training text that judge and yardsticks read

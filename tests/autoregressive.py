@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 import data
 from cola import ColaDLM
-from common import option
 from measure.judge import text_of
+from options import SamplingOptions, option, parse_options
 from training import learning_rate
 from transformer import KVCache, make_layout
 from vae import VAEBlock, VAEConfig, half_rope
@@ -69,7 +69,7 @@ class Autoregressive(nn.Module):
 
 def diffusion(model, block_size, n_rows, n_tokens):
     """Generate with the defaults of sample.py."""
-    settings = common.SamplingOptions(max_new_tokens=n_tokens, block_size=block_size).settings()
+    settings = SamplingOptions(max_new_tokens=n_tokens, block_size=block_size).settings()
     return model.generate([[model.tokenizer.eot_token]] * n_rows, **settings)
 
 
@@ -95,7 +95,7 @@ class Options:
 
 
 def main():
-    o, _ = common.parse_options(Options, __doc__)
+    o, _ = parse_options(Options, __doc__)
     torch.manual_seed(o.seed)
     corpus = data.open_tokens(o.data)
     model = Autoregressive(corpus.tokenizer.n_vocab)

@@ -15,6 +15,7 @@ import train_prior
 import train_vae
 from cola import ColaDLM
 from data import train_bpe
+from options import PriorOptions
 from training import saved_options
 
 TURNS = [dict(role="user", content="hi"), dict(role="assistant", content="ho")]
@@ -86,7 +87,7 @@ def test_training_sees_the_latents_of_the_sampler(trained, tmp_path, monkeypatch
     file.write_text(json.dumps([user("the cat"), dict(role="assistant", content="sat on 12 mats")]))
     rows, _ = chat.open_chats([file], model.tokenizer, 64, model.vae.config.vocab_size - 1)
     idx = torch.from_numpy(rows)
-    o = train_prior.Options(chat=(str(file),), block_size=(4,), n_codes=model.dit.config.n_codes)
+    o = PriorOptions(chat=(str(file),), block_size=(4,), n_codes=model.dit.config.n_codes)
     seen = {}
 
     def loss(dit, z0, z1, t, *rest):

@@ -7,6 +7,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import importlib
 import json
 import math
@@ -19,8 +20,8 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-import common
 import data
+import options
 import training
 from chat import open_chats
 from cola import ColaDLM
@@ -169,7 +170,7 @@ def run_json(rng, folder):
     if rng.random() < 0.2:
         (folder / "training" / "6").rename(folder / "training" / rng.choice(["-5", "\u0666", "1e3", "9" * 50, "x"]))
     training.own_data(folder)
-    run = training.Run(importlib.import_module("train_prior").Options(out=str(folder), resume=True), {"out", "resume"})
+    run = training.Run(options.PriorOptions(out=str(folder), resume=True), {"out", "resume"})
     run.is_best(), run.chosen()
 
 
@@ -212,7 +213,7 @@ def prompts(rng, folder):
 
 
 def sampling(rng, folder):
-    names = [*common.SamplingOptions.__dataclass_fields__, "row_ids", "eos_id", "pad_id", "noise"]
+    names = [*(f.name for f in dataclasses.fields(options.SamplingOptions)), "row_ids", "eos_id", "pad_id", "noise"]
     values = [*VALUES, 2, 3, [0], [5, 6], [2**40, 1], (1,), range(2), np.float32(2), np.int64(3), 2**32 + 1]
     settings = {name: rng.choice(values) for name in rng.choices(names, k=rng.randrange(1, 4))}
     settings |= dict(max_new_tokens=3, steps=1)
@@ -221,24 +222,25 @@ def sampling(rng, folder):
     ColaDLM.from_pretrained(folder).generate(given, **settings)
 
 
-def options(rng, folder):
-    script = rng.choice(["train_vae", "train_prior", "sample", "chat", "data", "measure.evaluate", "measure.judge"])
-    cls, argv = importlib.import_module(script).Options, []
+def command_line(rng, folder):
+    scripts = [importlib.import_module(name).Options for name in ["sample", "chat", "data", *MEASURES]]
+    cls, argv = rng.choice([options.VAEOptions, options.PriorOptions, *scripts]), []
     values = [*map(str, NUMBERS), *STRINGS, "1_000", " 1 ", "\u0661", "9" * 5000, "0x10", "--", "-", "true", "auto"]
-    for name in rng.choices([*cls.__dataclass_fields__, "no-resume", "x", ""], k=rng.randrange(1, 5)):
-        argv += [common.flag(name), *rng.choices(values, k=rng.choice([0, 1, 1, 1, 2]))]
+    for name in rng.choices([*(f.name for f in dataclasses.fields(cls)), "no-resume", "x", ""], k=rng.randrange(1, 5)):
+        argv += [options.flag(name), *rng.choices(values, k=rng.choice([0, 1, 1, 1, 2]))]
     stderr = (folder / "stderr").open("w", errors="backslashreplace")
     with stderr, contextlib.redirect_stderr(stderr):
         try:
-            common.parse_options(cls, "", argv=argv)
+            options.parse_options(cls, "", argv=argv)
         except SystemExit as stop:
             assert stop.code == 2
     said = (folder / "stderr").read_text()
     assert said == "" or (said.startswith("error: ") and said.count("\n") == 1)
 
 
+MEASURES = ["measure.evaluate", "measure.judge"]
 TARGETS = [model_config, model_weights, model_index, tokenizer, tokens, run_json]
-TARGETS += [texts, chats, tasks, prompts, sampling, options]
+TARGETS += [texts, chats, tasks, prompts, sampling, command_line]
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The cases

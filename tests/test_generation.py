@@ -23,11 +23,11 @@ import data
 import released_format
 import sample
 from cola import ColaDLM, Writer, pick_tokens
-from common import SamplingOptions
 from dit import DiT, DiTConfig
 from extras import compiled
 from extras.compiled import CompiledColaDLM
 from flow import velocity_of_all_blocks
+from options import SamplingOptions
 
 FILES = ("config.json", "model.safetensors")
 PROMPTS = [[1, 2, 3], [], [4] * 9, [5] * 8]

@@ -24,7 +24,8 @@ from flow import (
     velocity_error,
     velocity_of_all_blocks,
 )
-from train_vae import Options, VAEObjective
+from options import VAEOptions
+from train_vae import VAEObjective
 from transformer import Layout, block_mask, make_layout
 from vae import Posterior, TextVAE, VAEConfig, half_rope, masked_view_loss
 
@@ -391,7 +392,7 @@ def test_posterior_against_torch_distributions():
 
 def test_vae_loss_without_noise_is_the_sum_of_its_terms():
     vae, idx = small_vae(), torch.randint(0, V, (2, 8))
-    options = Options(beta=0.1, mask_weight=0.5, mask_ratio=0.3, decoder_noise=0.0)
+    options = VAEOptions(beta=0.1, mask_weight=0.5, mask_ratio=0.3, decoder_noise=0.0)
     loss, terms = VAEObjective(options, vae)(idx, torch.Generator().manual_seed(0))
     expected = terms["reconstruction"] + 0.1 * terms["kl"] + 0.5 * terms["mask"]
     torch.testing.assert_close(loss.detach(), expected)

@@ -18,6 +18,7 @@ import train_prior
 import train_vae
 import training
 from flow import flow_matching_loss
+from options import PriorOptions, VAEOptions
 
 B, L, P = 3, 4 * BLOCK, 2  # rows, tokens, tokens of a latent
 VAE_TERMS = dict(beta=0.7, mask_weight=0.3, mask_ratio=0.4, decoder_noise=0.6)
@@ -54,7 +55,7 @@ def masked_view(vae, idx, generator):
 
 def test_stage_1_by_hand():
     vae, idx = patched_vae(), tokens()
-    objective = train_vae.VAEObjective(train_vae.Options(**VAE_TERMS), vae).train()
+    objective = train_vae.VAEObjective(VAEOptions(**VAE_TERMS), vae).train()
     loss, terms = objective(idx, torch.Generator().manual_seed(0))
 
     generator = torch.Generator().manual_seed(0)
@@ -99,7 +100,7 @@ PRIOR = dict(t_loc=-0.5, t_scale=0.8, prompt_prob=0.6, block_size=(BLOCK, 2), n_
 @pytest.mark.parametrize("block_times", [True, False])
 def test_stage_2_by_hand(block_times):
     vae, dit, idx = patched_vae().requires_grad_(False), small_dit(), tokens()
-    o = train_prior.Options(block_times=block_times, **PRIOR)
+    o = PriorOptions(block_times=block_times, **PRIOR)
     objective = train_prior.PriorObjective(o, torch.nn.ModuleDict(dict(dit=dit)), vae)
     for seed in range(4):  # which draw both block sizes
         loss, terms = objective(idx, torch.Generator().manual_seed(seed))
@@ -111,7 +112,7 @@ def test_stage_2_by_hand(block_times):
 
 def test_codes_count_in_training_alone():
     vae, dit, idx = small_vae().requires_grad_(False), small_dit(n_codes=5), tokens()
-    o = train_prior.Options(**PRIOR | dict(prompt_prob=0.0, block_size=(BLOCK,), n_codes=5))
+    o = PriorOptions(**PRIOR | dict(prompt_prob=0.0, block_size=(BLOCK,), n_codes=5))
     objective = train_prior.PriorObjective(o, torch.nn.ModuleDict(dict(dit=dit)), vae)
     generator = torch.Generator().manual_seed(0)
     z0 = draw(vae.encode(idx), generator)
@@ -130,7 +131,7 @@ def test_joint_training_by_hand():
     reference = copy.deepcopy(vae).requires_grad_(False)
     for p in vae.parameters():  # no longer where it was
         p.data += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(3))
-    o = train_prior.Options(joint=True, vae_weight=1.3, ref_weight=0.9, **PRIOR, **VAE_TERMS)
+    o = PriorOptions(joint=True, vae_weight=1.3, ref_weight=0.9, **PRIOR, **VAE_TERMS)
     objective = train_prior.PriorObjective(o, torch.nn.ModuleDict(dict(dit=dit, vae=vae)), reference).train()
     loss, terms = objective(idx, torch.Generator().manual_seed(0))
 
@@ -194,7 +195,7 @@ def test_a_gradient_moves_each_part_at_its_own_rate():
 
 
 def test_the_learning_rate_of_the_vae(trained, tmp_path, monkeypatch):
-    monkeypatch.setitem(train_prior.PRESETS, "plain", train_prior.PRESETS["plain"] | dict(vae_lr_ratio=0.0))
+    monkeypatch.setitem(PriorOptions.PRESETS, "plain", PriorOptions.PRESETS["plain"] | dict(vae_lr_ratio=0.0))
     start = f"--preset plain --vae {trained}/runs/vae --joint --ema 0"
     call(train_prior.main, f"{start} {PRIOR_SIZE} {COMMON} --steps 2", monkeypatch, tmp_path)
     folders = trained / "runs" / "vae", tmp_path / "runs" / "cola"

@@ -1,6 +1,7 @@
 """Training: the pipeline learns, resumes exactly, and says in one line what is wrong with its input."""
 
 import ast
+import dataclasses
 import importlib
 import json
 import os
@@ -31,8 +32,9 @@ from dit import DiT, DiTConfig
 from extras.kernels import compile_blocks
 from flow import flow_matching_loss, sample_times, simulated_prompts
 from measure import judge
+from options import PriorOptions, VAEOptions, check_range, parse_options
 from released_format import load_dit, load_vae
-from train_vae import Options, VAEObjective
+from train_vae import VAEObjective
 from training import Run, saved_options
 from vae import Posterior, TextVAE, VAEConfig, masked_view_loss, token_accuracy
 
@@ -47,7 +49,7 @@ def test_one_batch_is_learned_until_sampling_gives_it_back():
 
     vae = TextVAE(VAEConfig(vocab, 64, 128, 2, 1, 1, d, 1, block))
     optimizer = common.make_optimizer([(vae, 1.0)], "muon", 0.0)
-    objective = VAEObjective(Options(beta=1e-3, mask_weight=0.1, mask_ratio=0.1, decoder_noise=0.3), vae)
+    objective = VAEObjective(VAEOptions(beta=1e-3, mask_weight=0.1, mask_ratio=0.1, decoder_noise=0.3), vae)
     for step in range(150):
         loss, _ = objective(idx, training.step_generator(0, step, "cpu"))
         loss.backward()
@@ -248,10 +250,10 @@ def test_training_starts_from_a_model(trained, text, tmp_path, monkeypatch):
         call(stage.main, f"--data new.txt --init {source} {steps} --out {stage.__name__}", monkeypatch, tmp_path)
     vae, dit = load_vae(source), load_dit(source)
     corpus = data.open_tokens(tmp_path / "train_vae" / "data")
-    o = train_vae.Options(batch_size=4, seq_len=32, precision="fp32")
+    o = VAEOptions(batch_size=4, seq_len=32, precision="fp32")
     wanted = training.held_out_loss(VAEObjective(o, vae), corpus.held_out(32), o, 4)
     assert losses(tmp_path / "train_vae")[0]["held_out"] == pytest.approx(wanted, abs=1e-5)
-    o = train_prior.Options(batch_size=4, seq_len=32, precision="fp32", block_size=(dit.config.block_size,))
+    o = PriorOptions(batch_size=4, seq_len=32, precision="fp32", block_size=(dit.config.block_size,))
     objective = train_prior.PriorObjective(o, torch.nn.ModuleDict(dict(dit=dit)), vae)
     first = losses(tmp_path / "train_prior")[0]
     for size in (1, 2, 4):  # those of the source
@@ -298,7 +300,7 @@ def test_a_part_of_the_vae_is_trained(trained, text, tmp_path, monkeypatch, part
 
 def test_resuming_keeps_what_is_not_given_anew(tmp_path):
     def options(**given):
-        return train_vae.Options(out=str(tmp_path), **given), set(given)
+        return VAEOptions(out=str(tmp_path), **given), set(given)
 
     Run(*options(save_every=7, lr=0.5, device="cpu")).save(0, None, torch.nn.Linear(1, 1))
     resumed = Run(*options(resume=True)).options
@@ -314,7 +316,7 @@ def test_a_run_from_before_an_option_existed_is_resumed(trained, tmp_path, monke
     content = json.loads(file.read_text())
     del content["options"]["clip"]
     file.write_text(json.dumps(content))
-    assert Run(train_vae.Options(out=str(tmp_path / "out"), resume=True), {"clip"}).options.clip == 1.0
+    assert Run(VAEOptions(out=str(tmp_path / "out"), resume=True), {"clip"}).options.clip == 1.0
     call(train_vae.main, "--resume --out out", monkeypatch, tmp_path)
 
 
@@ -421,7 +423,7 @@ def test_passes_add_up_to_the_whole_batch(text, tmp_path, monkeypatch):
 
 
 def test_options_with_several_values():
-    options, given = common.parse_options(train_vae.Options, "", argv=["--data", "a", "b"])
+    options, given = parse_options(VAEOptions, "", argv=["--data", "a", "b"])
     assert options.data == ("a", "b") and given == {"data"}
 
 
@@ -442,11 +444,11 @@ def test_options_with_several_values():
 )
 def test_values_from_a_file_are_held_to_the_ranges_of_the_command_line(name, value, message):
     with pytest.raises(ValueError, match=re.escape(message) + "$"):
-        common.check_range(train_vae.Options, {name: value})
+        check_range(VAEOptions, {name: value})
 
 
 def test_numpy_numbers_are_numbers():
-    common.check_range(train_vae.Options, dict(steps=np.int64(3), lr=np.float32(0.1)))
+    check_range(VAEOptions, dict(steps=np.int64(3), lr=np.float32(0.1)))
 
 
 SCRIPTS = ["train_vae.py", "train_prior.py", "sample.py", "data.py", "measure.judge", "measure.evaluate"]
@@ -457,8 +459,9 @@ SCRIPTS += ["measure.bench", "extras.definitions"]
 def test_help_lists_every_option_with_its_default(script, tmp_path):
     done = run(script, "--help", tmp_path)
     assert done.returncode == 0
-    fields = importlib.import_module(script.removesuffix(".py")).Options.__dataclass_fields__
-    fields = [name for name, field in fields.items() if not field.metadata["hidden"]]
+    module = importlib.import_module(script.removesuffix(".py"))
+    cls = {"train_vae.py": VAEOptions, "train_prior.py": PriorOptions}.get(script) or module.Options
+    fields = [field.name for field in dataclasses.fields(cls) if not field.metadata["hidden"]]
     words = " ".join(done.stdout.split())
     for name in fields:
         assert "--" + name.replace("_", "-") in words
@@ -636,16 +639,16 @@ def test_nothing_in_a_run_is_executed(trained):
 
 def test_a_folder_has_one_run_at_a_time(text, tmp_path):
     """The lock ends with its process, however that ends."""
-    code = "import sys, time; sys.path.insert(0, sys.argv[1]); from train_vae import Options; from training import Run"
-    code += "; Run(Options(out=sys.argv[2]), set()); print('locked', flush=True); time.sleep(60)"
+    code = "import sys, time; sys.path.insert(0, sys.argv[1]); from options import VAEOptions; from training import Run"
+    code += "; Run(VAEOptions(out=sys.argv[2]), set()); print('locked', flush=True); time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-c", code, ROOT, tmp_path / "out"], stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "locked\n"
     for resume in (False, True):
         with pytest.raises(ValueError, match="another process trains in .*out: wait for it, or choose another --out"):
-            Run(Options(out=str(tmp_path / "out"), resume=resume), set())
+            Run(VAEOptions(out=str(tmp_path / "out"), resume=resume), set())
     holder.kill()
     holder.wait()
-    Run(Options(out=str(tmp_path / "out")), set())
+    Run(VAEOptions(out=str(tmp_path / "out")), set())
 
 
 def test_a_start_that_failed_changes_nothing_for_sampling(text, tmp_path, monkeypatch, capsys):
@@ -700,7 +703,7 @@ def test_files_of_others_are_never_taken_for_an_unfinished_start(tmp_path):
         for name in names:
             (tmp_path / name).mkdir(exist_ok=True) if "." not in name else (tmp_path / name).touch()
         with pytest.raises(FileExistsError):
-            Run(Options(out=str(tmp_path)), set())
+            Run(VAEOptions(out=str(tmp_path)), set())
         shutil.rmtree(tmp_path)
         tmp_path.mkdir()
 
@@ -832,7 +835,7 @@ def test_optimizer_groups(name):
     assert all(p.dim() > 1 for p in decayed) and all(p.dim() == 1 for p in not_decayed)
     in_groups = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(in_groups) == sorted(id(p) for p in vae.parameters())
-    loss, _ = VAEObjective(Options(mask_weight=0.0), vae)(torch.zeros(1, 4, dtype=torch.long))
+    loss, _ = VAEObjective(VAEOptions(mask_weight=0.0), vae)(torch.zeros(1, 4, dtype=torch.long))
     loss.backward()
     before = [p.detach().clone() for p in vae.hidden_matrices()]
     common.optimizer_step(optimizer, 1e-3, 1.0)
