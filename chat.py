@@ -25,7 +25,7 @@ import torch
 
 from cola import ColaDLM
 from common import pick_device, run_script, sampling_precision
-from data import HELD_OUT, Writer, decode_bytes, end_ids, numbered_objects
+from data import EVAL_SEQUENCES, HELD_OUT, Writer, decode_bytes, end_ids, numbered_objects
 from options import TextOptions, option, parse_options
 from training import saved_options
 
@@ -62,7 +62,21 @@ def turns(messages, where):
     return [(question(q), answer) for q, answer in zip(texts[::2], texts[1::2], strict=True)]
 
 
-def open_chats(files, tokenizer, seq_len, pad_id):
+def open_chats(o, tokenizer, vae):
+    """What to tune a prior on, for options o and a VAEConfig: a function step -> rows (B, 2, L) at random, rows of
+    held-out conversations, and the mean length of an answer."""
+    if vae.patch_size > 1 or o.joint or not o.init:
+        raise ValueError("--chat tunes the prior of a model with one token per latent: add --init, without --joint")
+    if o.data:
+        raise ValueError("--data and --chat exclude each other: a run learns from texts or from conversations")
+    rows, held_out = read_chats(o.chat, tokenizer, o.seq_len, vae.vocab_size - 1)
+    print(f"{len(rows):,} answers to learn from")
+    evenly = np.linspace(0, len(held_out) - 1, min(len(held_out), EVAL_SEQUENCES), dtype=np.int64)
+    answer_len = float((rows[:, 1] == RESPONSE).sum() / len(rows))
+    return lambda step: random_rows(rows, o.batch_size, o.seed, step), torch.from_numpy(held_out[evenly]), answer_len
+
+
+def read_chats(files, tokenizer, seq_len, pad_id):
     """Rows for training and held-out rows, int64 arrays (N, 2, L): token ids, and which of PROMPT, RESPONSE, PADDING
     each is; one row for every answer, with all turns before it as the prompt.
 

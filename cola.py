@@ -4,7 +4,7 @@ Generation (section 2.2.3 of the paper): encode the prompt; then, block by block
 an ODE solver and decode the finished block once.  The prior decides the content, the decoder the tokens.
 
 A block costs one pass of the prior for each step of the solver (two with Heun), with and without history in one batch,
-one more at t = 0 if another block follows, and one pass of the decoder, whatever its number of tokens.
+and one pass of the decoder, whatever its number of tokens.
 """
 
 import math
@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from data import Writer, check_ids, end_ids, prompt_ids, save_tokenizer
 from dit import CLEAN, NOISY
@@ -171,7 +172,7 @@ class ColaDLM(nn.Module):
             if len(given) != 4 or given[0] == 0 or given[1:] != wanted:
                 raise ValueError(f"noise must be a tensor (n_blocks, *{wanted}), not {given}")
             n_blocks = min(n_blocks, len(noise))
-        times = solver_times(o.steps, o.grid, self.dit.config.t_loc, self.dit.config.t_scale)
+        times = solver_times(o.steps, o.grid, self.dit.config.t_loc, self.dit.config.t_scale, block_size, o.stagger)
         seen = torch.zeros(len(ids), c.vocab_size, dtype=torch.bool, device=self.device)  # predicted in earlier blocks
 
         def tell(z, t):
@@ -240,7 +241,8 @@ class ColaDLM(nn.Module):
             raise ValueError(f"this text has become too long: {max_len} latents are needed, there is room for {room}")
         # Half a latent that ends the history was encoded with padding, and keeps it.
         state.text = [row + [pad_id] * (int(h) * p - len(row)) for row, h in zip(ids, n_history, strict=True)]
-        state.n_blocks, state.n_known, state.is_known, state.known_z = n_blocks, n_known, None, None
+        state.n_blocks, state.n_known = n_blocks, n_known
+        state.is_known = state.known_z = state.unread = None
         if not any(ids):
             return state
 
@@ -251,6 +253,7 @@ class ColaDLM(nn.Module):
         mu = [self.vae.encode(part, cache).mu for part in padded.split(step * p, dim=1)]
         prompt_z = self.vae.to_dit(torch.cat(mu, dim=1))  # (B, n, d)
         start = int(state.dit_cache.length[0])  # 0, if this is the beginning
+        state.vae_cache.length = state.dit_cache.length.clone()  # which may have read one block less
         if n_old > start:  # the last block was not finished
             prompt_z[:, start:n_old] = state.last_z[:, : n_old - start]
         while start < end:
@@ -271,53 +274,74 @@ class ColaDLM(nn.Module):
 
     @torch.no_grad()
     def next_block(self, state, z1, times, cfg_scale, solver="euler", eta=0.0, noise=None, on_step=None):
-        """Carry noise z1 (B, block_size, d) along `times`, a list from 1 to 0, to the next block of latents.
-        solver, eta, noise: of `flow.solve`; on_step(z, t): called after every step.
+        """Carry noise z1 (B, n, d) along `times`, a list from 1 to 0, to the next block of n latents.
+        eta, noise: of `flow.solve`; solver: its, or "draw" (`Codebook.draw`); on_step(z, t): called after every step.
 
         "Clean repaint": latents that the prompt determines are clean (time 0) and do not move.
         Rows without a history are not guided, as released; by an open prompt they could be."""
-        cache, is_known = state.dit_cache, state.is_known
-        guided = (cache.length > 0) & (cfg_scale != 1)
-        copies = 2 if guided.any() else 1
+        n, cache, is_known, codes = z1.shape[1], state.dit_cache, state.is_known, self.dit.codebook
+        if (draw := solver == "draw") and codes is None:
+            raise ValueError("the solver draw takes a prior with codes: this one has none")
+        guided = ((cache.length > 0) | (state.unread is not None)) & (cfg_scale != 1)
+        copies = 2 if guided.any() and not draw else 1
         scale = torch.where(guided, cfg_scale, 1.0).to(self.device)[:, None, None]
-        layout = self.dit.layout(z1.shape[1], self.device, cache, copies, z1.shape[1])
-        time_index = None if is_known is None else torch.where(is_known, CLEAN, NOISY).repeat(copies, 1)
+        noise = noise or partial(torch.randn_like, z1)
+        time_index = layout = None
+        if isinstance(times[0], torch.Tensor):  # a time for every latent
+            times = [t.to(self.device) for t in times]
+            time_index = NOISY + torch.arange(n, device=self.device)[None]
+        if is_known is not None:
+            time_index = torch.where(is_known, CLEAN, NOISY if time_index is None else time_index).repeat(copies, 1)
+        estimate = torch.zeros_like(z1).repeat(copies, 1, 1) if self.dit.config.self_conditioning else None
 
         def pinned(z):
             return z if is_known is None else torch.where(is_known[..., None], state.known_z, z)
 
-        estimate = torch.zeros_like(z1).repeat(copies, 1, 1) if self.dit.config.self_conditioning else None
+        def network(z, t):
+            # The first time the block before comes along, clean, and becomes history: the keys that its own last step
+            # left in the cache are those of a block that was not yet final.
+            nonlocal layout
+            index, guess, unread = time_index, estimate, state.unread
+            if unread is not None:
+                z = torch.cat([unread.repeat(copies, 1, 1), z], dim=1)
+                index = torch.full((1, n), NOISY, device=self.device) if index is None else index
+                index = F.pad(index, (n, 0), value=CLEAN)
+                guess = None if guess is None else F.pad(guess, (0, 0, n, 0))
+            layout = layout or self.dit.layout(z.shape[1], self.device, cache, copies, n)
+            answer = self.run_dit(z, self.embedded(state, t), index, layout, cache, guess, n, draw)
+            if unread is not None:
+                cache.commit(n)
+                state.unread = layout = None
+            return answer
 
         def guided_velocity(z, t):
             # Both branches in one batch; the second half has no rows in the cache, hence no history.  How that is
             # trained without ever dropping the history: the first block of every training window has none.
             nonlocal estimate
             z = pinned(z).repeat(copies, 1, 1)
-            v = self.run_dit(z, self.embedded(state, t), time_index, layout, cache, estimate)
+            v, log_w = network(z, t) if draw else (network(z, t), None)
             if is_known is not None:
                 v = v.masked_fill(time_index[..., None] == CLEAN, 0.0)
             if estimate is not None:  # for the next step, of each branch its own
                 estimate = z - t * v
+            if draw:
+                return codes.draw(v, log_w, z, t, cfg_scale, torch.special.ndtr(noise()[..., :1]))
             return guide(*v.chunk(2), scale) if copies == 2 else v
 
         watch = on_step and (lambda z, t: on_step(pinned(z), t))
         return pinned(solve(guided_velocity, pinned(z1), times, solver, eta, noise, watch))
 
-    @torch.no_grad()
     def append(self, state, z):
-        """Make the block z part of the history.  Decode it first, with state.vae_cache: that fills the cache.
-
-        One more pass, at t = 0: the keys in the cache are those of the solver's last step, when z was not yet final."""
-        layout = self.dit.layout(z.shape[1], self.device, state.dit_cache, block_size=z.shape[1])
-        self.run_dit(z, self.embedded(state, 0.0), None, layout, state.dit_cache)
-        state.dit_cache.commit(z.shape[1])
+        """Make the finished block z (B, n, d) part of the history: the next pass of the prior will read it.  Decode it
+        first, with state.vae_cache: that fills this cache."""
         state.vae_cache.commit(z.shape[1])
-        state.is_known, state.known_z, state.n_known = None, None, [0] * len(state.rows)
+        state.unread, state.is_known, state.known_z, state.n_known = z, None, None, [0] * len(state.rows)
 
     def embedded(self, state, t):
         """The `dit.Times` of [0, t], once for all blocks: computed in each step, they would be a third of the work."""
+        t = tuple(t.flatten().tolist()) if isinstance(t, torch.Tensor) else (t,)
         if t not in state.times:
-            state.times[t] = self.dit.embed_times(torch.tensor([[0.0, t]], device=self.device))
+            state.times[t] = self.dit.embed_times(torch.tensor([[0.0, *t]], device=self.device))
         return state.times[t]
 
     def run_dit(self, *args):
@@ -339,9 +363,10 @@ class Generation:
     n_known: list  # of each row: prompt tokens inside the next block
     text: list  # of each row: all ids so far
     last_z: torch.Tensor | None = None  # (B, block_size, d), the last block, finished or not
+    unread: torch.Tensor | None = None  # the same, if it is finished but not yet in the dit_cache
     is_known: torch.Tensor | None = None  # bool (B, block_size): latents of those tokens
     known_z: torch.Tensor | None = None  # (B, block_size, d), in the units of the DiT
-    times: dict = field(default_factory=dict)  # of the solver: {t: Times of [0, t]}
+    times: dict = field(default_factory=dict)  # of the solver: {t: Times of [0, *t]}
 
     def new_tokens(self, tokens):
         """The ids of a decoded block (B, L), those of the prompt excepted: a list for each row."""

@@ -8,7 +8,6 @@ so generation integrates the velocity from t = 1 down to t = 0 (Eq. 3.2).  The n
 cosines have the wavelengths of diffusion models with 1000 steps, and between 0 and 1 most of them would hardly move.
 """
 
-import math
 from itertools import pairwise
 
 import torch
@@ -19,12 +18,26 @@ from extras.kernels import flex_mask
 from transformer import Layout, block_mask, sees
 
 
-def sample_times(shape, loc, scale, generator=None, device=None):
-    """Logit-normal times t = sigmoid(N(loc, scale)), of that shape.
+def sample_times(shape, loc, scale, generator=None, device=None, block_size=1, stagger=0.0):
+    """Logit-normal times t = sigmoid(N(loc, scale)), of that shape; with a stagger, of every latent of so many blocks
+    (B, n_blocks), see `staggered`.
 
     With loc 1 the median is 0.73: high noise decides which text appears.  The more channels a latent has, the
     longer it can be told apart in noise, and the higher loc should be."""
-    return torch.sigmoid(loc + scale * torch.randn(shape, generator=generator, device=device))
+    x = torch.randn(shape, generator=generator, device=device)
+    if stagger > 0:
+        x = torch.special.ndtri(staggered(torch.special.ndtr(x), block_size, stagger))
+    return torch.sigmoid(loc + scale * x)
+
+
+def staggered(u, block_size, stagger):
+    """What each latent of a block has before it when that is u for the block: 1 before it starts, 0 when it is done.
+
+    Ours, after arXiv:2305.09515: each latent starts a share `stagger` of its way later than the one before it.  With 0
+    all go together, as in the paper; with 1 one by one.  u (..., n_blocks) -> (..., n_blocks block_size)"""
+    length = 1 + stagger * (block_size - 1)  # of the way of a block, in ways of a latent
+    behind = stagger * torch.arange(block_size - 1, -1, -1, dtype=u.dtype, device=u.device)
+    return (u[..., None] * length - behind).clamp(0, 1).round(decimals=6).flatten(-2)
 
 
 def simulated_prompts(B, n, block_size, probability, generator=None, device=None):
@@ -42,9 +55,10 @@ def simulated_prompts(B, n, block_size, probability, generator=None, device=None
 def flow_matching_loss(dit, z0, z1, t, prompt=None, valid=None, block_size=None, code_weight=0.0, count=None):
     """L_FM of all blocks in one pass (stage 2, Eq. 3.7).
 
-    z0 (B, n, d) clean latents; z1 (B, n, d) noise; t: a time for every row, (B,), or every block, (B, n_blocks).
-    prompt: bool (B, n), latents that stay clean and carry no loss; valid: bool (B, n), False on padding, which carries
-    none either (for rows of different lengths); block_size: latents per block, default that of the dit's configuration.
+    z0 (B, n, d) clean latents; z1 (B, n, d) noise; t: a time for every row (B,), block (B, n_blocks) or latent (B, n);
+    latents at time 0 or 1, which have arrived or not started, carry no loss.
+    prompt: bool (B, n), latents that stay clean; valid: bool (B, n), False on padding: no loss there, either.
+    block_size: latents per block, default that of the dit's configuration.
     Returns the mean squared velocity error per channel, a scalar, plus the following.
     count: what the sum over latents is divided by; None: how many carry loss.  A number that does not depend on what
     was drawn, such as the one expected, makes the loss of a batch the same however it is cut into passes.
@@ -56,8 +70,9 @@ def flow_matching_loss(dit, z0, z1, t, prompt=None, valid=None, block_size=None,
 
     No condition is ever dropped for guidance: the first block of every row has no history, and trains the unconditional
     velocity."""
-    is_clean = torch.zeros(z0.shape[:2], dtype=torch.bool, device=z0.device) if prompt is None else prompt
-    counts = ~is_clean if valid is None else ~is_clean & valid
+    of_latents = at_latents(t, z0.shape[1], block_size or dit.config.block_size)[..., 0]  # (B, n)
+    is_clean = of_latents == 0 if prompt is None else prompt | (of_latents == 0)
+    counts = ~is_clean & (of_latents < 1) & (True if valid is None else valid)
     error = velocity_error(dit, z0, z1, t, is_clean, block_size, code_weight)
     return (error * counts).sum() / (counts.sum().clamp(min=1) if count is None else count)
 
@@ -95,11 +110,16 @@ def own_estimate(dit, clean, zt, t, is_clean, block_size, layout):
     return estimate
 
 
+def time_of_latents(t, n, block_size):
+    """Which of its times t (B,) or (B, T) each of a row's n latents has, (n,): with n times its own, else its block's,
+    or the only one."""
+    n_times = t[0].numel()
+    return (torch.arange(n, device=t.device) // (1 if n_times == n else block_size)).clamp(max=n_times - 1)
+
+
 def at_latents(t, n, block_size):
-    """The times of rows (B,), or of blocks (B, n_blocks), at all their latents: (B, n, 1)."""
-    if t.dim() == 1:
-        return t[:, None, None].expand(-1, n, 1)
-    return t[:, torch.arange(n, device=t.device) // block_size, None]
+    """The times of rows, of blocks or of latents, at all latents: (B, n, 1)."""
+    return t.view(len(t), -1)[:, time_of_latents(t, n, block_size), None]
 
 
 def clean_length(n, block_size):
@@ -110,7 +130,7 @@ def clean_length(n, block_size):
 def velocity_of_all_blocks(dit, clean, zt, t, is_clean=None, block_size=None, estimate=None, layout=None, **options):
     """The velocity of all blocks of a sequence in one pass, each with its own clean history.  (B, n, d)
 
-    clean (B, n, d): the finished latents; zt (B, n, d): every block on its way; t (B or 1,) or (B, n_blocks); is_clean:
+    clean (B, n, d): the finished latents; zt (B, n, d): every block on its way; t: of `flow_matching_loss`; is_clean:
     bool (B, n), which latents of zt are clean and have time 0; estimate (B, n, d): of z0, for self-conditioning;
     layout: of `training_layout`, to use it again; options: of `DiT`.
 
@@ -119,8 +139,7 @@ def velocity_of_all_blocks(dit, clean, zt, t, is_clean=None, block_size=None, es
     history."""
     n, block_size = zt.shape[1], block_size or dit.config.block_size
     n_clean = clean_length(n, block_size)
-    block = torch.arange(n, device=zt.device)[None] // block_size  # (1, n)
-    time_index = NOISY + block if t.dim() == 2 else torch.full_like(block, NOISY)  # of [0, t, ...]
+    time_index = NOISY + time_of_latents(t, n, block_size)[None]  # of [0, t, ...]
     if is_clean is not None:
         time_index = torch.where(is_clean, CLEAN, time_index)
     return dit(
@@ -136,15 +155,11 @@ def velocity_of_all_blocks(dit, clean, zt, t, is_clean=None, block_size=None, es
 
 def training_layout(n, block_size, rope, device, flex=None):
     """The Layout of [clean | noisy] for n latents, N in all: the clean half lacks the last block.
-    rope: a function pos (1, N) -> table.
-
-    flex: with a mask for FlexAttention; default on CUDA."""
+    rope: a function pos (1, N) -> table.  flex: with a mask for FlexAttention; default on CUDA."""
     n_clean = clean_length(n, block_size)
     pos = torch.cat([torch.arange(n_clean), torch.arange(n)])[None]
-    noisy = torch.arange(n_clean + n) >= n_clean
-    block = pos // block_size
-    flex = device.type == "cuda" if flex is None else flex
-    if flex:
+    noisy, block = torch.arange(n_clean + n) >= n_clean, pos // block_size
+    if device.type == "cuda" if flex is None else flex:
         return Layout(rope(pos), flex_mask(sees, tuple(block[0].tolist()), tuple(noisy.tolist()), device))
     return Layout(rope(pos), block_mask(block, block, noisy, noisy)[:, None].to(device))  # mask (1, 1, N, N)
 
@@ -154,18 +169,23 @@ def guide(v_cond, v_uncond, cfg_scale):
     return v_uncond + cfg_scale * (v_cond - v_uncond)
 
 
-def solver_times(steps, grid="uniform", loc=1.0, scale=1.0):
+def solver_times(steps, grid="uniform", loc=1.0, scale=1.0, block_size=1, stagger=0.0):
     """The steps + 1 times of a solver from t = 1 to 0, a list: `uniform`, or at the `quantiles` of those of training,
-    sigmoid(N(loc, scale)), which are dense where it is decided which text appears."""
+    sigmoid(N(loc, scale)), which are dense where it is decided which text appears.  With a stagger, those of every
+    latent: tensors (block_size, 1)."""
     u = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64)
-    return (torch.sigmoid(loc + scale * torch.special.ndtri(u)) if grid == "quantiles" else u).tolist()
+    if stagger > 0:
+        u = staggered(u[:, None], block_size, stagger)[..., None]
+    times = torch.sigmoid(loc + scale * torch.special.ndtri(u)) if grid == "quantiles" else u
+    return list(times.float()) if stagger > 0 else times.tolist()
 
 
 def solve(velocity, z, times, solver="euler", eta=0.0, noise=None, watch=None):
-    """Integrate dz/dt = velocity(z, t) along `times`, a list of numbers, down or up.
+    """Integrate dz/dt = velocity(z, t) along `times`, a list, down or up.
 
-    z any shape.  `euler`: one evaluation a step.  `heun`: two, the mean of the slopes at both ends of the step
-    (the last step of a run to t = 0 evaluates at 0 as well).  watch(z, t): called after every step.
+    z any shape.  times: numbers or, going down, tensors that broadcast with z: what does not change stays where it is.
+    `euler`: one evaluation a step.  `heun`: two, the mean of the slopes at both ends of the step (the last step of a
+    run to t = 0 evaluates at 0 as well).  watch(z, t): called after every step.
     eta: above 0, for times that go down, every step puts fresh noise, noise() of the shape of z (default: the global
     generator's), in place of a part of the old, as much as in DDIM (arXiv:2010.02502, Eq. 16): with 1, the ancestral
     sampler of DDPM.  All times keep the distribution that the flow gives them, and errors of earlier steps are
@@ -178,11 +198,12 @@ def solve(velocity, z, times, solver="euler", eta=0.0, noise=None, watch=None):
         if eta > 0:
             z0, z1 = z - t * v, z + (1 - t) * v  # where v leads, and whence
             kept = (1 - t) / t * following / (1 - following)  # signal over noise, now and at the next time: below 1
-            fresh = eta * math.sqrt(1 - kept**2)
+            fresh = eta * (1 - kept**2) ** 0.5
             new = noise() if noise else torch.randn_like(z)
-            z = (1 - following) * z0 + following * (math.sqrt(1 - fresh**2) * z1 + fresh * new)
+            moved = (1 - following) * z0 + following * ((1 - fresh**2) ** 0.5 * z1 + fresh * new)
         else:
-            z = z + dt * v
+            moved = z + dt * v
+        z = torch.where(dt != 0, moved, z) if isinstance(dt, torch.Tensor) else moved
         if watch is not None:
             watch(z, following)
     return z

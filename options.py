@@ -112,6 +112,7 @@ class PriorOptions(TrainingOptions):
     # objective
     t_loc: float = option(1.0, "times are sigmoid(N(t_loc, t_scale)); the paper: 1 for d = 16, 1.7 for 64, 2.3 for 128")
     t_scale: float = option(1.0, hidden=True)
+    stagger: tuple = option((0.0,), "of the latents of a block, drawn in each pass (sample.py)", low=0.0, high=1.0)
     block_times: bool = option(True, hidden=True)  # a time for every block of several latents; the paper: every row
     prompt_prob: float = option(0.05, hidden=True)  # share of blocks that keep a random clean prefix, a prompt
     joint: bool = option(False, "train the VAE along, held near its stage-1 encoder")
@@ -144,7 +145,7 @@ class PriorOptions(TrainingOptions):
     }
 
 
-SOLVERS, GRIDS = ("euler", "heun"), ("uniform", "quantiles")  # of `flow.solve` and `flow.solver_times`
+SOLVERS, GRIDS = ("euler", "heun", "draw"), ("uniform", "quantiles")  # of `flow.solve` and `flow.solver_times`
 
 
 @dataclass
@@ -155,12 +156,17 @@ class SamplingOptions:
     max_new_tokens: int = option(64, "at most so many new tokens a sample", low=1)
     block_size: int = option(0, "latents per block, one of those in training; 0: the model's own", low=0)
     steps: int = option(16, "steps of the ODE solver per block", low=1)
-    solver: str = option("euler", "heun evaluates the prior twice a step, for --eta 0", choices=SOLVERS)
+    solver: str = option(
+        "euler", "heun evaluates the prior twice a step, for --eta 0; draw takes a code for the mean", choices=SOLVERS
+    )
     grid: str = option("quantiles", "times of the steps; quantiles: of the times of training", choices=GRIDS)
     eta: float = option(1.0, "share of fresh noise in each step, as in DDIM; 0: the ODE", low=0.0, high=1.0)
+    stagger: float = option(
+        0.0, "how much later each latent of a block starts; 0: all together; 1: one by one", low=0.0, high=1.0
+    )
     cfg_scale: float = option(
         0.0,
-        "guidance: how strongly the history steers, from the second block on; 1: none; 0: 4 in blocks of one, else 7",
+        "guidance: how strongly the context steers; 1: none; 0: 4 in blocks of one, else 7, but 2 for --solver draw",
         low=0.0,
         high=1e3,
     )
@@ -172,7 +178,7 @@ class SamplingOptions:
 
     def guidance(self, block_size):
         """The cfg_scale for blocks of a size.  Larger blocks want more; blocks of one lose variety by it."""
-        return self.cfg_scale or (4.0 if block_size == 1 else 7.0)
+        return self.cfg_scale or (2.0 if self.solver == "draw" else 4.0 if block_size == 1 else 7.0)
 
     def settings(self):
         """These options alone, without what a script adds to them."""

@@ -15,23 +15,21 @@ import copy
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 
 import common
 import data
-from chat import PADDING, PROMPT, RESPONSE, open_chats, random_rows
+from chat import PADDING, PROMPT, open_chats
 from dit import DiT, DiTConfig
 from extras.codebook import CODE_TOKENS, fit_codes
 from extras.kernels import compile_blocks
 from flow import flow_matching_loss, sample_times, simulated_prompts
 from options import PriorOptions, parse_options
 from released_format import find_tokenizer, load_dit, load_dit_config, load_vae, save_dit, save_vae
-from training import Run, adopt, held_out_loss, saved_options, train
+from training import Run, held_out_loss, take_over, train, update_ema
 from vae import masked_view_loss, reconstruction_loss
 
-CHAT_BLOCKS = (16, 16, 16, 8, 8, 8, 4, 4, 4, 1)  # the shares of the released tuning, for models with blocks of 16
 CODE_WEIGHT = 1.0  # of the cross-entropy of the codes, in training; what the bar and the log show is the sum
 
 
@@ -61,10 +59,13 @@ class PriorObjective(nn.Module):
         B, n, _ = z0.shape
 
         # Every block of every row flows from noise to its latents, given the clean blocks before it.
-        if block_size is None:
-            block_size = o.block_size[torch.randint(len(o.block_size), (), generator=generator, device=z0.device)]
+        def one_of(values):
+            return values[torch.randint(len(values), (), generator=generator, device=z0.device)]
+
+        block_size = block_size or one_of(o.block_size)
+        stagger = one_of(o.stagger) if self.training and block_size > 1 and len(o.stagger) > 1 else o.stagger[0]
         shape = (B, n // block_size) if o.block_times and block_size > 1 else (B,)  # not one for every latent
-        t = sample_times(shape, o.t_loc, o.t_scale, generator, z0.device)
+        t = sample_times(shape, o.t_loc, o.t_scale, generator, z0.device, block_size, stagger)
         z1 = torch.randn(z0.shape, generator=generator, device=z0.device)
         if o.chat:  # the sampler encodes the prompt before there is a response
             prompt, valid = parts == PROMPT, parts != PADDING
@@ -74,6 +75,7 @@ class PriorObjective(nn.Module):
         else:
             prompt, valid = simulated_prompts(B, n, block_size, o.prompt_prob, generator, z0.device), None
             count = B * n * (1 - o.prompt_prob / 2 * (block_size > 1))  # the mean prompt is half a block
+            count /= 1 + stagger * (block_size - 1)  # so many times as long takes a block than one of its latents
         code_weight = CODE_WEIGHT if self.training and o.n_codes else 0.0
         count = count if self.training else None
         fm = flow_matching_loss(dit, z0, z1, t, prompt, valid, block_size, code_weight, count)
@@ -99,14 +101,6 @@ def fsdp_groups(models):
     """For FSDP: what modulates a block is computed before all blocks, so it is gathered apart from the rest of it."""
     groups = [group for block in models.dit.blocks for group in ([*block.ada.values()], block)]
     return groups + (models.vae.blocks if "vae" in models else [])
-
-
-@torch.no_grad()
-def update_ema(ema, model, decay, step):
-    """ema <- decay ema + (1 - decay) model, parameter by parameter, with a shorter memory during the first steps."""
-    decay = min(decay, (1 + step) / (10 + step))
-    for average, value in zip(ema.parameters(), model.parameters(), strict=True):
-        average.lerp_(value, 1 - decay)
 
 
 def dit_config(o, vae):
@@ -138,18 +132,7 @@ def open_stage1(o, folder, device):
 
 
 def open_text(o, folder, vae, tokenizer):
-    """What to learn from: a function step -> a batch for the objective, a batch of held-out text, and what the first is
-    taken from, a token file or rows of conversations."""
-    data.check_seq_len(o.seq_len, vae.config.patch_size, vae.config.block_size, *o.block_size)
-    if o.chat:
-        if vae.config.patch_size > 1 or o.joint or not o.init:
-            raise ValueError("--chat tunes the prior of a model with one token per latent: add --init, without --joint")
-        if o.data:
-            raise ValueError("--data and --chat exclude each other: a run learns from texts or from conversations")
-        rows, held_out = open_chats(o.chat, tokenizer, o.seq_len, vae.config.vocab_size - 1)
-        print(f"{len(rows):,} answers to learn from")
-        evenly = np.linspace(0, len(held_out) - 1, min(len(held_out), data.EVAL_SEQUENCES), dtype=np.int64)
-        return lambda step: random_rows(rows, o.batch_size, o.seed, step), torch.from_numpy(held_out[evenly]), rows
+    """What to learn from: a function step -> a batch for the objective, a batch of held-out text, and all tokens."""
     text = o.data or (f"{o.vae}/data",)
     if not o.data and not data.is_prepared(text[0]):
         raise ValueError(f"{'--init ' * bool(o.init)}{o.vae} has no text beside it: name some with --data")
@@ -161,20 +144,7 @@ def open_text(o, folder, vae, tokenizer):
 
 def main():
     options, given = parse_options(PriorOptions, __doc__)
-    if options.init:
-        options.vae = options.vae if "vae" in given else options.init
-        options = adopt(options, given, load_dit_config(options.init), free=("block_size", "t_loc"))
-        if "block_size" not in given:  # the configuration has the first alone
-            sizes = saved_options(options.init).get("block_size", ())
-            if sizes[:1] == options.block_size:
-                options.block_size = sizes
-            elif options.chat and options.block_size == (16,):
-                options.block_size = CHAT_BLOCKS
-    elif options.joint and "n_codes" not in given:  # the latents would move away from their codes
-        options.n_codes = 0
-    stage1 = {} if options.resume else saved_options(options.vae)
-    own = {name: stage1[name] for name in ("beta", "mask_weight", "mask_ratio", "decoder_noise") if name in stage1}
-    run = Run(replace(options, **own), given)
+    run = Run(take_over(options, given), given)
     o, device = run.options, common.join_processes(common.pick_device(options.device))
 
     rows = data.micro_batch_size(o.batch_size, o.micro_batch, common.n_processes())  # of one forward pass
@@ -183,15 +153,18 @@ def main():
     if o.self_conditioning and rows < 2:
         raise ValueError("--self-conditioning takes half of the sequences of a pass: it needs 2 of them at least")
     vae, tokenizer, config = open_stage1(o, run.folder, device)
-    batch, held_out, source = open_text(o, run.folder, vae, tokenizer)
-    answer_len = float((source[:, 1] == RESPONSE).sum() / len(source)) if o.chat else 0.0
+    data.check_seq_len(o.seq_len, vae.config.patch_size, vae.config.block_size, *o.block_size)
+    if o.chat:
+        (batch, held_out, answer_len), tokens = open_chats(o, tokenizer, vae.config), None
+    else:
+        (batch, held_out, tokens), answer_len = open_text(o, run.folder, vae, tokenizer), 0.0
 
     # What is trained, its moving average and its optimizer; new or as they were.
     torch.manual_seed(o.seed)
     dit = (load_dit(o.init, device) if o.init and not o.resume else DiT(config)).to(device)
     dit.config = config
     if o.n_codes and not o.init and not o.resume:
-        fit_codes(dit.codebook, vae, data.even_batch(source, max(CODE_TOKENS // o.seq_len, 1), o.seq_len).to(device))
+        fit_codes(dit.codebook, vae, data.even_batch(tokens, max(CODE_TOKENS // o.seq_len, 1), o.seq_len).to(device))
     trained = nn.ModuleDict(dict(dit=dit, vae=copy.deepcopy(vae)) if o.joint else dict(dit=dit))
     vae.requires_grad_(False)  # the frozen VAE, or the reference
     ema = copy.deepcopy(trained).requires_grad_(False)

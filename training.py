@@ -37,6 +37,7 @@ from common import (
     wait_for_all,
 )
 from options import check_range, flag
+from released_format import load_dit_config
 
 try:
     import fcntl
@@ -46,6 +47,7 @@ except ImportError:  # Windows
 
 LOG_EVERY = 10  # steps between rows of log.jsonl
 MAX_SKIPPED = 10  # steps in a row whose gradient was not finite
+CHAT_BLOCKS = (16, 16, 16, 8, 8, 8, 4, 4, 4, 1)  # the shares of the released tuning, for models with blocks of 16
 LOCKS = {}  # of this process: {folder: open descriptor}
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -196,6 +198,36 @@ def step_generator(seed, step, device, part=0):
 
     On a CPU only 32 bits of a seed count; the large odd factor keeps those of steps and parts apart."""
     return torch.Generator(device).manual_seed(seed * 1_000_003 + step + part * 2_654_435_761)
+
+
+@torch.no_grad()
+def update_ema(ema, model, decay, step):
+    """ema <- decay ema + (1 - decay) model, parameter by parameter, with a shorter memory during the first steps."""
+    decay = min(decay, (1 + step) / (10 + step))
+    for average, value in zip(ema.parameters(), model.parameters(), strict=True):
+        average.lerp_(value, 1 - decay)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The start
+
+
+def take_over(options, given):
+    """The options of train_prior.py, completed by those of the model that it starts from (--init) and of its VAE."""
+    if options.init:
+        options.vae = options.vae if "vae" in given else options.init
+        options = adopt(options, given, load_dit_config(options.init), free=("block_size", "t_loc"))
+        if "block_size" not in given:  # the configuration has the first alone
+            sizes = saved_options(options.init).get("block_size", ())
+            if sizes[:1] == options.block_size:
+                options.block_size = sizes
+            elif options.chat and options.block_size == (16,):
+                options.block_size = CHAT_BLOCKS
+    elif options.joint and "n_codes" not in given:  # the latents would move away from their codes
+        options.n_codes = 0
+    stage1 = {} if options.resume else saved_options(options.vae)
+    names = ("beta", "mask_weight", "mask_ratio", "decoder_noise")
+    return replace(options, **{name: stage1[name] for name in names if name in stage1})
 
 
 def adopt(options, given, config, free=()):

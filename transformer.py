@@ -103,6 +103,7 @@ class Layout(NamedTuple):
     pos: torch.Tensor | None = None  # where each row writes in its cache, (B, n); None: all from `start`
     start: int = 0
     end: int = 0  # positions of the cache that are in use
+    own: int = 0  # latents of the last block, all that rows without a history see (`attend`)
 
 
 def make_layout(n, block_size, rope, device, cache=None, copies=1, flex=False, lengths=None):
@@ -113,14 +114,14 @@ def make_layout(n, block_size, rope, device, cache=None, copies=1, flex=False, l
     flex: with a mask for FlexAttention; only without a cache.
     lengths (B,), on the CPU: what lies behind the first so many latents of a row is hidden; for equal histories."""
     pos = torch.arange(n)[None] if cache is None else cache.positions(n)  # (1 or B, n)
-    block, end = pos // block_size, int(pos.max()) + 1
+    block, end, own = pos // block_size, int(pos.max()) + 1, min(n, block_size)
     if cache is not None and end > cache.max_len:
         raise ValueError(f"a cache of {cache.max_len} positions cannot hold position {end - 1}")
     if cache is not None and cache.ragged:
         end = cache.reach(end)
         keys = torch.arange(end)
         mask = block_mask(block, keys // block_size) & (keys <= pos[:, -1, None, None])  # nothing behind a row's end
-        return Layout(rope(pos.repeat(copies, 1)), mask[:, None].to(device), pos.to(device), end=end)
+        return Layout(rope(pos.repeat(copies, 1)), mask[:, None].to(device), pos.to(device), end=end, own=own)
     if lengths is not None and (lengths % block_size).any():  # otherwise they end with a block, and nothing is to hide
         keys = torch.arange(end)
         mask = block_mask(block, keys // block_size) & (keys < lengths.clamp(min=1)[:, None, None])  # (B, n, K)
@@ -131,14 +132,14 @@ def make_layout(n, block_size, rope, device, cache=None, copies=1, flex=False, l
         mask = flex_mask(sees, tuple(block[0].tolist()), (False,) * n, device)
     else:
         mask = block_mask(block, torch.arange(end) // block_size)[:, None].to(device)  # (1, 1, n, K)
-    return Layout(rope(pos), mask, None, int(pos[0, 0]), end)
+    return Layout(rope(pos), mask, None, int(pos[0, 0]), end, own)
 
 
 def attend(q, k, v, layout, cache=None, layer=0):
     """softmax(q k^T / sqrt(D)) v, all (B, H, L, D), with the history in `cache` if there is one.
 
-    A batch may have more rows than the cache.  Those have no history, and are one block, which sees itself: the
-    unconditional branch of classifier-free guidance, in the same batch as the conditional one.
+    A batch may have more rows than the cache: the unconditional branch of classifier-free guidance, in the same batch
+    as the conditional one.  Those rows have no history.  Their last block sees itself; nobody asks for what is before.
     """
     if isinstance(layout.mask, BlockMask):
         return fast_flex_attention(q, k, v, layout.mask)
@@ -150,7 +151,8 @@ def attend(q, k, v, layout, cache=None, layer=0):
     keys, values = cache.write(layer, layout, k[:n], v[:n])
     out = F.scaled_dot_product_attention(q[:n], keys, values, attn_mask=layout.mask)
     if len(q) > n:
-        out = torch.cat([out, F.scaled_dot_product_attention(q[n:], k[n:], v[n:])])
+        alone = F.scaled_dot_product_attention(*(x[n:, :, -layout.own :] for x in (q, k, v)))
+        out = torch.cat([out, F.pad(alone, (0, 0, q.shape[2] - layout.own, 0))])
     return out
 
 

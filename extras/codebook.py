@@ -13,7 +13,7 @@ class Codebook(nn.Module):
     with r = t^2 + (1 - t)^2 s^2,
 
         w_k(z_t) = const pi_k exp(((1 - t) z_t.e_k - (1 - t)^2 |e_k|^2 / 2) / r),      e = sum_k w_k(z_t) e_k
-        v = E[z1 - z0 | z_t] = (t - (1 - t) s^2) / r (z_t - (1 - t) e) - e
+        v = E[z1 - z0 | z_t] = ((t - (1 - t) s^2) z_t - t e) / r
 
     The network adds one number h_k to each log w_k(z_t).  It starts with h = 0, the velocity of the marginal q(z0),
     which a plain prior takes most of a short training to find, and only has to learn what the context says.
@@ -31,14 +31,34 @@ class Codebook(nn.Module):
 
     def forward(self, x, z, t):
         """x (B, n, C) features, z (B, n, d), t (B or 1, n or 1, 1) -> velocity (B, n, d), log w_k(z_t) (B, n, K)."""
-        with torch.autocast(z.device.type, enabled=False):  # r is small: the exponents need all digits
-            codes, clean, z = self.codes.float(), 1 - t, z.float()
-            r = t.square() + clean.square() * self.variance
-            nearness = clean / r * (z @ codes.T) - clean.square() / (2 * r) * codes.square().sum(-1)
-            log_w = self.logits(x.to(self.logits.weight.dtype)).float() + self.share.float().log() + nearness
+        with torch.autocast(z.device.type, enabled=False):
+            log_w = self.logits(x.to(self.logits.weight.dtype)).float() + self.marginal(z, t)
             log_w = log_w.log_softmax(-1)
-            mean = log_w.exp() @ codes  # (B, n, d)
-            return (t - clean * self.variance) / r * (z - clean * mean) - mean, log_w
+            signal = t - (1 - t) * self.variance
+            return (signal * z - t * (log_w.exp() @ self.codes.float())) / self.spread(t), log_w
+
+    def spread(self, t):
+        """r, the variance of z_t around a code."""
+        return t**2 + (1 - t) ** 2 * self.variance
+
+    def marginal(self, z, t):
+        """log w_k(z_t) of the marginal q(z0), up to a constant: (B, n, K)."""
+        codes, r = self.codes.float(), self.spread(t)
+        with torch.autocast(z.device.type, enabled=False):  # r is small: the exponents need all digits
+            nearness = (1 - t) / r * (z.float() @ codes.T) - (1 - t) ** 2 / (2 * r) * codes.square().sum(-1)
+            return nearness + self.share.float().clamp(min=1e-30).log()
+
+    def draw(self, v, log_w, z, t, scale, uniform):
+        """The velocity v (B, n, d) towards one code, drawn from the weights w, in place of their mean.
+
+        A step of the solver then leads to text that can be, however long it is; where the mean of many codes, being
+        none, needs many steps.  scale: guidance, w (w / w_marginal)^(scale - 1): it needs no second pass, since the
+        marginal is known.  uniform (B, n, 1): in [0, 1), what to draw by."""
+        with torch.autocast(z.device.type, enabled=False):
+            marginal, codes = self.marginal(z, t), self.codes.float()
+            cumulative = (marginal + scale * (log_w - marginal)).softmax(-1).cumsum(-1)
+            drawn = torch.searchsorted(cumulative, uniform * cumulative[..., -1:], right=True).clamp(max=len(codes) - 1)
+            return v + t / self.spread(t) * (log_w.exp() @ codes - codes[drawn[..., 0]])
 
     def nearest(self, z0):
         """The index of the code nearest to each clean latent: (..., d) -> (...)."""

@@ -73,7 +73,8 @@ class CompiledColaDLM(ColaDLM):
         self.spare = []  # caches of generations that are over: a CUDA graph is recorded for one place in memory
 
     def run_dit(self, *args):
-        return self.step(*args).clone()  # a CUDA graph writes its next result to the same place
+        found = self.step(*args)  # a CUDA graph writes its next result to the same place
+        return found.clone() if isinstance(found, torch.Tensor) else tuple(part.clone() for part in found)
 
     def prefill(self, *args, state=None, **options):
         new = super().prefill(*args, state=state, **options)

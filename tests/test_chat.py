@@ -13,6 +13,7 @@ import cola
 import data
 import train_prior
 import train_vae
+import training
 from cola import ColaDLM
 from data import train_bpe
 from options import PriorOptions
@@ -54,14 +55,14 @@ def test_what_is_not_a_conversation(messages, message, tmp_path):
     file = tmp_path / "chat.jsonl"
     file.write_text(json.dumps(TURNS) + "\n" + json.dumps(messages))
     with pytest.raises(ValueError, match=f"chat.jsonl line 2.*{message}"):
-        chat.open_chats([file], train_bpe(["hi ho"], 258), 64, 0)
+        chat.read_chats([file], train_bpe(["hi ho"], 258), 64, 0)
 
 
 def test_rows(tmp_path, capsys):
     tokenizer = train_bpe(["hi ho"], 258)  # bytes, and two special ids
     file = tmp_path / "chat.jsonl"
     file.write_text(json.dumps(TURNS + TURNS) + "\n\n" + json.dumps([user("x" * 99), TURNS[1]]))
-    train, held_out = chat.open_chats([file], tokenizer, 50, 7)
+    train, held_out = chat.read_chats([file], tokenizer, 50, 7)
     asked, eos = list(b"User: hi\nAssistant: "), tokenizer.eot_token
     once = asked + [*b"ho", eos]
     assert train.tolist() == held_out.tolist() == [
@@ -76,7 +77,7 @@ def test_a_conversation_may_stand_in_an_object(tmp_path):
     tokenizer, rows = train_bpe(["hi ho"], 258), []
     for i, line in enumerate([TURNS, dict(id=1, messages=TURNS)]):
         (tmp_path / f"{i}.jsonl").write_text(json.dumps(line))
-        rows.append(chat.open_chats([tmp_path / f"{i}.jsonl"], tokenizer, 50, 7)[0].tolist())
+        rows.append(chat.read_chats([tmp_path / f"{i}.jsonl"], tokenizer, 50, 7)[0].tolist())
     assert rows[0] == rows[1]
 
 
@@ -85,7 +86,7 @@ def test_training_sees_the_latents_of_the_sampler(trained, tmp_path, monkeypatch
     model = ColaDLM.from_pretrained(trained / "runs" / "cola", with_tokenizer=True)
     file = tmp_path / "chat.jsonl"
     file.write_text(json.dumps([user("the cat"), dict(role="assistant", content="sat on 12 mats")]))
-    rows, _ = chat.open_chats([file], model.tokenizer, 64, model.vae.config.vocab_size - 1)
+    rows, _ = chat.read_chats([file], model.tokenizer, 64, model.vae.config.vocab_size - 1)
     idx = torch.from_numpy(rows)
     o = PriorOptions(chat=(str(file),), block_size=(4,), n_codes=model.dit.config.n_codes)
     seen = {}
@@ -181,7 +182,7 @@ def test_a_conversation_reads_as_in_training(tmp_path):
         assert [model.answer("hi", (1, eos)).strip(), model.answer("hi", (1, eos)).strip()] == ["ho", "ho"]
         file = tmp_path / "chat.jsonl"
         file.write_text(json.dumps([user("hi"), dict(role="assistant", content=blocks[0][:3].replace("<", ""))] * 2))
-        row = chat.open_chats([file], model.tokenizer, 64, 0)[0][1, 0].tolist()
+        row = chat.read_chats([file], model.tokenizer, 64, 0)[0][1, 0].tolist()
         assert model.state.text[0] == row[: len(model.state.text[0])] and len(model.state.text[0]) >= 44
     model = Model("ho")
     model.answer("hi")
@@ -239,7 +240,7 @@ def test_a_model_with_blocks_of_16_is_tuned_in_the_released_shares(trained, tmp_
     file.write_text(json.dumps(json.loads(file.read_text()) | dict(block_size=16)))
     (tmp_path / "chat.jsonl").write_text(json.dumps(TURNS))
     start = "--init source --chat chat.jsonl --device cpu --batch-size 2 --seq-len 64 --steps 1"
-    for more, wanted in [("", train_prior.CHAT_BLOCKS), ("--block-size 4 2", (4, 2))]:
+    for more, wanted in [("", training.CHAT_BLOCKS), ("--block-size 4 2", (4, 2))]:
         call(train_prior.main, f"{start} {more} --out out{len(more)}", monkeypatch, tmp_path)
         assert saved_options(tmp_path / f"out{len(more)}")["block_size"] == wanted
-    assert [train_prior.CHAT_BLOCKS.count(size) for size in (1, 4, 8, 16)] == [1, 3, 3, 3]
+    assert [training.CHAT_BLOCKS.count(size) for size in (1, 4, 8, 16)] == [1, 3, 3, 3]

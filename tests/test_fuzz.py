@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 import data
 import options
 import training
-from chat import open_chats
+from chat import read_chats
 from cola import ColaDLM
 from measure import benchmarks
 
@@ -183,7 +183,7 @@ def texts(rng, folder):
 
 def chats(rng, folder):
     damage(rng, folder / "chats.jsonl")
-    open_chats([folder / "chats.jsonl"], data.load_tokenizer(str(folder / "tokenizer.json")), 64, 299)
+    read_chats([folder / "chats.jsonl"], data.load_tokenizer(str(folder / "tokenizer.json")), 64, 299)
 
 
 def tasks(rng, folder):

@@ -907,9 +907,9 @@ def test_moving_average():
     model, ema = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
     model.weight.data.fill_(1.0)
     ema.weight.data.fill_(0.0)
-    train_prior.update_ema(ema, model, 0.9, step=10**6)
+    training.update_ema(ema, model, 0.9, step=10**6)
     assert ema.weight.item() == pytest.approx(0.1)
-    train_prior.update_ema(ema, model, 0.9, step=0)  # early on, a short memory: 1/10 of the old
+    training.update_ema(ema, model, 0.9, step=0)  # early on, a short memory: 1/10 of the old
     assert ema.weight.item() == pytest.approx(0.91)
 
 
