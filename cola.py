@@ -319,6 +319,8 @@ class ColaDLM(nn.Module):
             # trained without ever dropping the history: the first block of every training window has none.
             nonlocal estimate
             z = pinned(z).repeat(copies, 1, 1)
+            if estimate is not None and isinstance(t, torch.Tensor):  # a latent that has arrived is its own
+                estimate = torch.where(t == 0, z, estimate)
             v, log_w = network(z, t) if draw else (network(z, t), None)
             if is_known is not None:
                 v = v.masked_fill(time_index[..., None] == CLEAN, 0.0)

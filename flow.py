@@ -55,8 +55,9 @@ def simulated_prompts(B, n, block_size, probability, generator=None, device=None
 def flow_matching_loss(dit, z0, z1, t, prompt=None, valid=None, block_size=None, code_weight=0.0, count=None):
     """L_FM of all blocks in one pass (stage 2, Eq. 3.7).
 
-    z0 (B, n, d) clean latents; z1 (B, n, d) noise; t: a time for every row (B,), block (B, n_blocks) or latent (B, n);
-    latents at time 0 or 1, which have arrived or not started, carry no loss.
+    z0 (B, n, d) clean latents; z1 (B, n, d) noise; t: a time for every row (B,), block (B, n_blocks) or latent (B, n).
+    Latents at time 0 have arrived, those at time 1 wait: they carry no loss, except the first that waits, whose first
+    step that is.
     prompt: bool (B, n), latents that stay clean; valid: bool (B, n), False on padding: no loss there, either.
     block_size: latents per block, default that of the dit's configuration.
     Returns the mean squared velocity error per channel, a scalar, plus the following.
@@ -72,7 +73,9 @@ def flow_matching_loss(dit, z0, z1, t, prompt=None, valid=None, block_size=None,
     velocity."""
     of_latents = at_latents(t, z0.shape[1], block_size or dit.config.block_size)[..., 0]  # (B, n)
     is_clean = of_latents == 0 if prompt is None else prompt | (of_latents == 0)
-    counts = ~is_clean & (of_latents < 1) & (True if valid is None else valid)
+    started = of_latents < 1
+    counts = ~is_clean & (started | F.pad(started[:, :-1], (1, 0), value=True))
+    counts = counts if valid is None else counts & valid
     error = velocity_error(dit, z0, z1, t, is_clean, block_size, code_weight)
     return (error * counts).sum() / (counts.sum().clamp(min=1) if count is None else count)
 

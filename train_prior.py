@@ -75,7 +75,8 @@ class PriorObjective(nn.Module):
         else:
             prompt, valid = simulated_prompts(B, n, block_size, o.prompt_prob, generator, z0.device), None
             count = B * n * (1 - o.prompt_prob / 2 * (block_size > 1))  # the mean prompt is half a block
-            count /= 1 + stagger * (block_size - 1)  # so many times as long takes a block than one of its latents
+            wait = stagger * (block_size - 1)  # of the last latent, in ways of one
+            count *= (block_size + wait) / (1 + wait) / block_size  # those on their way, and the first that waits
         code_weight = CODE_WEIGHT if self.training and o.n_codes else 0.0
         count = count if self.training else None
         fm = flow_matching_loss(dit, z0, z1, t, prompt, valid, block_size, code_weight, count)

@@ -7,11 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, call
 from safetensors.torch import load_file, save_file
 from test_models import BLOCK, V, d, small_dit, small_vae
@@ -26,7 +28,7 @@ from cola import ColaDLM, Writer, pick_tokens
 from dit import DiT, DiTConfig
 from extras import compiled
 from extras.compiled import CompiledColaDLM
-from flow import velocity_of_all_blocks
+from flow import solver_times, velocity_of_all_blocks
 from options import SamplingOptions
 
 FILES = ("config.json", "model.safetensors")
@@ -686,6 +688,59 @@ def test_blocks_of_every_size_have_the_velocity_of_training():
             torch.testing.assert_close(v, wanted[:, block], atol=1e-5, rtol=1e-4)
             dit(clean[:, block], torch.zeros(1), None, layout, cache)
             cache.commit(size)
+
+
+@pytest.mark.parametrize("self_conditioning", [False, True])
+@pytest.mark.parametrize("stagger", [0.0, 0.6])
+def test_a_block_takes_the_velocities_of_training(stagger, self_conditioning):
+    """Two blocks by the sampler against the training layout, step by step: the finished block is clean history, the
+    other branch has none, and what has arrived is its own estimate."""
+    dit, size, steps, scale = small_dit(self_conditioning=self_conditioning), 4, 5, 2.5
+    model = ColaDLM(small_vae(), dit)
+    noise = torch.randn(2, 1, size, d, generator=torch.Generator().manual_seed(3))
+    options = dict(max_new_tokens=2 * size, steps=steps, eta=0.0, cfg_scale=scale, stagger=stagger)
+    found = [block.z for block in model.generate_blocks([[]], noise=noise, **options)]
+    times = [torch.as_tensor(t).expand(size, 1) for t in solver_times(steps, block_size=size, stagger=stagger)]
+    for clean, z, wanted in [(noise[0][:, :0], noise[0], found[0]), (found[0], noise[1], found[1])]:
+        guess = [torch.zeros_like(z), torch.zeros_like(z)]
+        for t, following in pairwise(times):
+            v = []
+            for i, history in enumerate([clean, clean[:, :0]]):
+                n = history.shape[1]
+                guess[i] = torch.where(t == 0, z, guess[i])
+                estimate = torch.cat([torch.zeros_like(history), guess[i]], dim=1) if self_conditioning else None
+                row, whole = F.pad(t[:, 0], (n, 0))[None], torch.cat([history, z], dim=1)
+                v.append(velocity_of_all_blocks(dit, whole, whole, row, row == 0, size, estimate)[:, n:])
+                guess[i] = z - t * v[i]
+            z = z + (following - t) * (v[1] + (scale if clean.shape[1] else 1.0) * (v[0] - v[1]))
+        torch.testing.assert_close(z, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_a_block_costs_one_pass_for_each_step(monkeypatch):
+    model, passes = ColaDLM(small_vae(), small_dit(n_codes=5)), []
+    real = ColaDLM.run_dit
+    monkeypatch.setattr(ColaDLM, "run_dit", lambda self, z, *rest: passes.append(z.shape[:2]) or real(self, z, *rest))
+    model.generate([[]], max_new_tokens=3 * 4, steps=2, cfg_scale=2.0)
+    assert passes == [(1, 4), (1, 4), (2, 8), (2, 4), (2, 8), (2, 4)]  # the first one reads the block before
+    passes.clear()
+    model.generate([[]], max_new_tokens=2 * 4, steps=2, cfg_scale=2.0, solver="draw")  # the marginal needs no pass
+    assert passes == [(1, 4), (1, 4), (1, 8), (1, 4)]
+
+
+@pytest.mark.parametrize("stagger", [0.0, 1.0])
+def test_drawn_latents_are_codes(stagger):
+    """A row does not depend on its batch, nor what the prompt determines on the draws."""
+    dit = small_dit(n_codes=5, self_conditioning=True)
+    dit.codebook.variance.fill_(1e-6)
+    dit.txt_out.requires_grad_(False).proj.weight.zero_(), dit.txt_out.proj.bias.zero_()  # it adds to the mixture
+    model, options = ColaDLM(small_vae(), dit), dict(max_new_tokens=8, steps=4, solver="draw", stagger=stagger, eta=1.0)
+    (one, *_), (both, *_) = ([b.z for b in model.generate_blocks(ids, **options)] for ids in ([[7]], [[7], [8, 9]]))
+    torch.testing.assert_close(one, both[:1], atol=1e-4, rtol=1e-4)
+    known = model.vae.to_dit(model.vae.encode(torch.tensor([[7] + [V - 1] * 3])).mu)[:, :1]
+    torch.testing.assert_close(one[:, :1], known)
+    assert torch.cdist(one[0, 1:], dit.codebook.codes).min(-1).values.max() < 1e-3
+    with pytest.raises(ValueError, match="takes a prior with codes"):
+        ColaDLM(small_vae(), small_dit()).generate([[]], solver="draw")
 
 
 def test_what_sample_hands_on(trained, monkeypatch, capsys):

@@ -20,6 +20,7 @@ from flow import (
     simulated_prompts,
     solve,
     solver_times,
+    staggered,
     training_layout,
     velocity_error,
     velocity_of_all_blocks,
@@ -430,6 +431,40 @@ def test_sample_times_are_logit_normal():
     assert logit.mean().item() == pytest.approx(1.0, abs=0.02) and logit.std().item() == pytest.approx(0.5, abs=0.02)
 
 
+def test_latents_of_a_block_start_one_after_another():
+    assert staggered(torch.tensor([0.5, 0.25]), 4, 1.0).tolist() == [0, 0, 1, 1, 0, 0, 0, 1]
+    assert staggered(torch.tensor([0.5]), 3, 0.5).tolist() == [0, 0.5, 1]
+    assert staggered(torch.tensor([1.0, 0.0]), 2, 0.3).tolist() == [1, 1, 0, 0]
+    assert staggered(torch.tensor([0.25, 0.75]), 2, 0.0).tolist() == [0.25, 0.25, 0.75, 0.75]
+    times = solver_times(4, block_size=3, stagger=0.5)
+    assert torch.stack(times)[..., 0].tolist() == [[1, 1, 1], [0.5, 1, 1], [0, 0.5, 1], [0, 0, 0.5], [0, 0, 0]]
+
+
+def test_staggered_times_of_training():
+    t = sample_times((4000, 2), 0.5, 0.8, torch.Generator().manual_seed(0), None, 4, 0.5)
+    assert t.shape == (4000, 8) and (t.view(4000, 2, 4).diff(dim=-1) >= 0).all()
+    moving = t[(t > 0) & (t < 1)]
+    assert len(moving) / t.numel() == pytest.approx(1 / 2.5, rel=0.02)  # a block takes as long as 2.5 latents
+    logit = torch.logit(moving.double())
+    assert logit.mean().item() == pytest.approx(0.5, abs=0.02) and logit.std().item() == pytest.approx(0.8, abs=0.02)
+
+
+def test_the_loss_of_latents_with_times_of_their_own():
+    """Against the sampler's cache; what has arrived, and what waits behind another, carries no loss."""
+    dit, z0, z1 = small_dit(), torch.randn(2, 8, d), torch.randn(2, 8, d)
+    t = torch.tensor([[0, 0.3, 1, 1, 0.2, 0.6, 1, 1], [0.5, 0.5, 0.5, 0.5, 0, 0, 0.4, 0.9]])
+    counts = torch.tensor([[0, 1, 1, 0, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0, 1, 1]])
+    zt, cache, errors = torch.lerp(z0, z1, t[..., None]), dit.new_cache(2, 8), []
+    for block in (slice(0, 4), slice(4, 8)):
+        v = dit(zt[:, block], t[:, block], torch.arange(4)[None], None, cache)
+        errors.append((v - (z1 - z0)[:, block]).square().mean(-1))
+        dit(z0[:, block], torch.zeros(1), cache=cache)
+        cache.commit(4)
+    wanted = (torch.cat(errors, dim=1) * counts).sum() / counts.sum()
+    for prompt in (None, torch.zeros(2, 8, dtype=torch.bool)):
+        torch.testing.assert_close(flow_matching_loss(dit, z0, z1, t, prompt), wanted)
+
+
 def test_simulated_prompts_are_proper_prefixes_of_blocks():
     prompt = simulated_prompts(500, 10, BLOCK, 0.5, torch.Generator().manual_seed(0))
     assert prompt.shape == (500, 10)
@@ -522,6 +557,16 @@ def test_fresh_noise_is_as_much_as_in_ddim(eta):
     torch.testing.assert_close(ends[0], (1 - following) * (z - t * v) + kept * (z + (1 - t) * v))
 
 
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_latents_that_wait_or_have_arrived_stay(eta):
+    times = [torch.tensor(row)[:, None] for row in ([1.0, 1.0], [0.5, 1.0], [0.0, 0.5], [0.0, 0.0])]
+    z1, z0, seen = torch.randn(3, 2, d), torch.randn(3, 2, d), []
+    z = solve(lambda z, t: (z - z0) / t.clamp(min=1e-9), z1, times, eta=eta, watch=lambda z, t: seen.append(z))
+    torch.testing.assert_close(z, z0)  # where every velocity led
+    assert torch.equal(seen[0][:, 1], z1[:, 1]) and not torch.equal(seen[0][:, 0], z1[:, 0])
+    assert torch.equal(seen[1][:, 0], seen[2][:, 0]) and not torch.equal(seen[1][:, 1], z1[:, 1])
+
+
 def test_times_of_the_solver():
     assert solver_times(4) == [1.0, 0.75, 0.5, 0.25, 0.0]
     times = solver_times(4, "quantiles", loc=1.0, scale=0.5)
@@ -569,6 +614,27 @@ def test_what_the_network_says_moves_the_weights():
     with torch.autocast("cpu", torch.bfloat16):  # no digits are lost
         v, log_w = book(x, near, torch.tensor([[[0.01]]]))
     assert log_w[0, 0, 0] > -1e-6 and torch.equal(v, book(x, near, torch.tensor([[[0.01]]]))[0])
+
+
+@pytest.mark.parametrize("t", [0.4, 1.0])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_a_code_is_drawn_by_its_weight(t, scale):
+    """Over all of [0, 1): with scale 1 the mean of the drawn velocities is the velocity itself."""
+    book, n = codebook(), 10_000
+    book.logits.bias.data.copy_(torch.tensor([0.0, 1.0, -0.5]))
+    z, x = torch.tensor([[[0.3, 0.4]]]).expand(1, n, 2), torch.ones(1, n, 8)
+    v, log_w = book(x, z, torch.tensor([[[t]]]))
+    uniform = ((torch.arange(n) + 0.5) / n)[None, :, None]
+    drawn = book.draw(v, log_w, z, t, scale, uniform)
+    if scale == 1:
+        torch.testing.assert_close(drawn.mean(1), v[:, 0], atol=2e-3, rtol=0)
+    share = [(drawn[0] == value).all(-1).float().mean().item() for value in drawn[0].unique(dim=0)]
+    weight = (log_w[0, 0] + (scale - 1) * book.logits.bias).softmax(-1)  # w_marginal exp(scale h)
+    assert sorted(share) == pytest.approx(sorted(weight.tolist()), abs=2e-3)
+    r = t**2 + (1 - t) ** 2 * 0.04
+    wanted = ((t - (1 - t) * 0.04) * z[0, :1] - t * book.codes) / r  # that of a mixture of one code; at t = 1, z - e
+    distance, which = torch.cdist(drawn[0], wanted).min(-1)
+    assert distance.max() < 1e-4 and which.unique().tolist() == [0, 1, 2]
 
 
 def test_codes_are_found_in_latents():

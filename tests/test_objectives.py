@@ -125,6 +125,25 @@ def test_codes_count_in_training_alone():
         torch.testing.assert_close(loss, wanted)
 
 
+def test_the_number_of_latents_with_loss_is_the_one_expected(monkeypatch):
+    vae, dit, idx = small_vae().requires_grad_(False), small_dit(), tokens().repeat(20, 1)
+    o = PriorOptions(**PRIOR | dict(prompt_prob=0.0, block_size=(BLOCK,)), stagger=(0.25, 1.0))
+    objective, counts = train_prior.PriorObjective(o, torch.nn.ModuleDict(dict(dit=dit)), vae).train(), {}
+
+    def loss(dit, z0, z1, t, prompt, valid, block_size, code_weight, count):
+        blocks = t.view(-1, BLOCK)
+        waits = (blocks == 1).any(1).sum()  # one of those that wait carries loss
+        counts.setdefault(count, []).append(((blocks > 0) & (blocks < 1)).sum() + waits)
+        return z0.sum()
+
+    monkeypatch.setattr(train_prior, "flow_matching_loss", loss)
+    for seed in range(60):
+        objective(idx, torch.Generator().manual_seed(seed))
+    assert len(counts) == 2  # a number for each stagger
+    for count, found in counts.items():
+        assert torch.stack(found).float().mean().item() == pytest.approx(count, rel=0.03)
+
+
 def test_joint_training_by_hand():
     """Loss, terms, and the gradient of the encoder, which reaches it through z_t but neither history nor target."""
     vae, dit, idx = patched_vae(), small_dit(), tokens()
