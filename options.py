@@ -30,7 +30,7 @@ class TrainingOptions:
     checkpointing: bool = option(False, "compute activations again for the gradient: less memory, a third more time")
     compile: bool = option(False, "compile the models: faster on a GPU, after a minute or more")
     optimizer: str = option("muon", "muon (hidden matrices; AdamW for the rest) or adamw", choices=("muon", "adamw"))
-    weight_decay: float = option(0.01, "weight decay of matrices", low=0.0)
+    weight_decay: float = option(0.01, hidden=True)  # of matrices
     clip: float = option(1.0, "largest norm of the gradient; 0: any", low=0.0)
     resume: bool = option(False, "continue the run in that folder")
     save_every: int = option(100, "steps between checkpoints", low=1)

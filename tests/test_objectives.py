@@ -238,5 +238,5 @@ def test_the_scripts_hand_on_clipping_and_decay(script, trained, text, tmp_path,
         "vae": (train_vae.main, f"--data {text} --vocab-size 300 {VAE_SIZE}"),
         "prior": (train_prior.main, f"--vae {trained}/runs/vae --n-codes 0 {PRIOR_SIZE}"),
     }[script]
-    call(main, f"{source} {COMMON} --steps 1 --clip 0.37 --weight-decay 0.07", monkeypatch, tmp_path)
-    assert seen == [(0.37, {0.07, 0.0})]  # 0: of vectors
+    call(main, f"{source} {COMMON} --steps 1 --clip 0.37", monkeypatch, tmp_path)
+    assert seen == [(0.37, {0.01, 0.0})]  # the default; 0: of vectors
