@@ -141,14 +141,8 @@ class ColaDLM(nn.Module):
         state: of `prefill`, for one row: a text that `ids` continue.  It is moved on, and can be given again.
         watch(z, t, new): called after every step of the solver, with the latents (B, block_size, d) and the likeliest
         tokens of each row, those of the prompt excepted.
-        options: of `options.SamplingOptions`, by default as in RELEASED.  Raises ValueError for one out of range.
-
-        block_size: latents per block; 0: the prior's own.  A prior trained with several sizes writes with each.  Where
-        a block ends inside one of the VAE's, as in the released chat, the decoder sees that one unfinished.
-        steps, solver, grid, eta: from noise to latent, see `flow.solve` and `flow.solver_times`.
-        cfg_scale: guidance u + s (c - u), with history over without; 1: none; 0: that of `SamplingOptions.guidance`.
-        temperature: 0 takes the likeliest token at each position; otherwise top_k and top_p apply (0 and 1: off).
-        repetition_penalty: as released, the ids that count are the model's own predictions of earlier blocks.
+        options: of `options.SamplingOptions`, by default as in RELEASED.  Raises ValueError for one out of range, and
+        for the solver "draw" if the prior has no codes.
 
         Kept as released, because the numbers depend on it: the decoder reads latents as the DiT left them, still
         shifted and scaled; and with patch_size 2 the second half of an odd prompt's last latent, which was encoded with

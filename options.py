@@ -145,20 +145,27 @@ class PriorOptions(TrainingOptions):
     }
 
 
-SOLVERS, GRIDS = ("euler", "heun", "draw"), ("uniform", "quantiles")  # of `flow.solve` and `flow.solver_times`
+SOLVERS, GRIDS = ("euler", "heun", "draw"), ("uniform", "quantiles")
 
 
 @dataclass
 class SamplingOptions:
     """The options of `ColaDLM.stream` as the scripts have them: the only home of their ranges.  (The defaults are for
-    small models; those of the library are the released ones, `cola.RELEASED`.)"""
+    small models; those of the library are the released ones, `cola.RELEASED`.)
+
+    block_size: a prior trained with several sizes writes with each.  Where a block ends inside one of the VAE's, as in
+    the released chat, the decoder sees that one unfinished.
+    steps, solver, grid, eta, stagger: from noise to latent, see `flow.solve`, `flow.solver_times`, `flow.staggered`.
+    "draw", for a prior with codes, draws one of them in every step: `Codebook.draw`.
+    cfg_scale: guidance u + s (c - u), with history over without, from the second block on; for "draw", the codes'
+    weights with the context over those without, to the power s.
+    temperature: 0 takes the likeliest token at each position; otherwise top_k and top_p apply (0 and 1: off).
+    repetition_penalty: as released, the ids that count are the model's own predictions of earlier blocks."""
 
     max_new_tokens: int = option(64, "at most so many new tokens a sample", low=1)
     block_size: int = option(0, "latents per block, one of those in training; 0: the model's own", low=0)
     steps: int = option(16, "steps of the ODE solver per block", low=1)
-    solver: str = option(
-        "euler", "heun evaluates the prior twice a step, for --eta 0; draw takes a code for the mean", choices=SOLVERS
-    )
+    solver: str = option("euler", "heun: two passes a step, for --eta 0; draw: few steps, with codes", choices=SOLVERS)
     grid: str = option("quantiles", "times of the steps; quantiles: of the times of training", choices=GRIDS)
     eta: float = option(1.0, "share of fresh noise in each step, as in DDIM; 0: the ODE", low=0.0, high=1.0)
     stagger: float = option(
