@@ -67,9 +67,9 @@ class Autoregressive(nn.Module):
         return idx[:, 1:]
 
 
-def diffusion(model, block_size, n_rows, n_tokens):
-    """Generate with the defaults of sample.py."""
-    settings = SamplingOptions(max_new_tokens=n_tokens, block_size=block_size).settings()
+def diffusion(model, options, n_rows, n_tokens):
+    """Generate with the defaults of sample.py but for some options."""
+    settings = SamplingOptions(max_new_tokens=n_tokens, **options).settings()
     return model.generate([[model.tokenizer.eot_token]] * n_rows, **settings)
 
 
@@ -119,7 +119,9 @@ def main():
     if o.model:
         prior = ColaDLM.from_pretrained(o.model)
         for size in (1, 2, 4, 8, 16):
-            ways[f"blocks of {size}"] = functools.partial(diffusion, prior, size)
+            ways[f"blocks of {size}"] = functools.partial(diffusion, prior, dict(block_size=size))
+            one_by_one = dict(block_size=size, steps=size, stagger=1.0, solver="draw")
+            ways[f"blocks of {size}, a draw for each latent"] = functools.partial(diffusion, prior, one_by_one)
     for n_rows, (name, generate) in product((1, 8), ways.items()):
         spent = min(timed(generate, n_rows, 256) for _ in range(3))
         print(f"{name}, {n_rows} rows of 256 tokens: {256 * n_rows / spent:.0f} tokens/s")
