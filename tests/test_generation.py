@@ -739,6 +739,9 @@ def test_drawn_latents_are_codes(stagger):
     known = model.vae.to_dit(model.vae.encode(torch.tensor([[7] + [V - 1] * 3])).mu)[:, :1]
     torch.testing.assert_close(one[:, :1], known)
     assert torch.cdist(one[0, 1:], dit.codebook.codes).min(-1).values.max() < 1e-3
+    seen = []  # by --show-steps
+    model.generate([[7]], **options, watch=lambda z, t, new: seen.append((t, len(new[0]))))
+    assert [t for t, _ in seen[:4]] == pytest.approx([0.75, 0.5, 0.25, 0.0]) and seen[0][1] == 3
     with pytest.raises(ValueError, match="takes a prior with codes"):
         ColaDLM(small_vae(), small_dit()).generate([[]], solver="draw")
 
