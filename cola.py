@@ -139,8 +139,8 @@ class ColaDLM(nn.Module):
         row_ids: which noise of the seed a row draws (`block_generators`), whatever its batch; default 0, 1, 2, ...
         noise: (n_blocks, B, block_size, d), where blocks begin, instead; generation ends with the last of them.
         state: of `prefill`, for one row: a text that `ids` continue.  It is moved on, and can be given again.
-        watch(z, t, new): called after every step of the solver, with the latents (B, block_size, d), their mean time and
-        the likeliest tokens of each row, those of the prompt excepted.
+        watch(z, t, new): called after every step of the solver, with the latents (B, block_size, d), their mean time,
+        and of each row the likeliest tokens, those of the prompt excepted.
         options: of `options.SamplingOptions`, by default as in RELEASED.  Raises ValueError for one out of range, and
         for the solver "draw" if the prior has no codes.
 

@@ -64,7 +64,7 @@ class PriorObjective(nn.Module):
 
         block_size = block_size or one_of(o.block_size)
         stagger = one_of(o.stagger) if self.training and block_size > 1 and len(o.stagger) > 1 else o.stagger[0]
-        shape = (B, n // block_size) if o.block_times and block_size > 1 else (B,)  # not one for every latent
+        shape = (B, n // block_size) if block_size > 1 and (o.block_times or stagger) else (B,)
         t = sample_times(shape, o.t_loc, o.t_scale, generator, z0.device, block_size, stagger)
         z1 = torch.randn(z0.shape, generator=generator, device=z0.device)
         if o.chat:  # the sampler encodes the prompt before there is a response
