@@ -14,13 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import Writer, check_ids, end_ids, prompt_ids, save_tokenizer
+from data import Writer, check_ids, end_ids, pad_rows, prompt_ids, save_tokenizer
 from dit import CLEAN, NOISY
+from extras.draws import block_generators, normal, penalise, pick_tokens
 from flow import guide, solve, solver_times
 from options import SamplingOptions, check_range
 from released_format import find_tokenizer, load_dit, load_vae, save_dit, save_vae
@@ -28,39 +28,6 @@ from transformer import KVCache
 
 PREFILL = 1024  # latents of a prompt that are read at a time
 RELEASED = SamplingOptions(grid="uniform", eta=0.0, cfg_scale=7.0)  # the defaults of the library
-
-
-def penalise(logits, seen, penalty):
-    """Repetition penalty: divide the positive and multiply the negative logits of every id already used.
-
-    logits (B, L, V), seen bool (B, V).  One penalty for all positions of a block, however often an id was used."""
-    changed = torch.where(logits > 0, logits / penalty, logits * penalty)
-    return torch.where(seen[:, None], changed, logits)
-
-
-def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """Divide by the temperature, then keep the top_k largest logits (ties included; 0: all), then the fewest tokens
-    whose probability is above top_p, as released, where others stop at top_p itself (0 or 1: all).  The rest become
-    -inf.  logits (..., V)"""
-    logits = logits / temperature
-    if top_k > 0:
-        kth = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
-        logits = logits.masked_fill(logits < kth, float("-inf"))
-    if 0 < top_p < 1:
-        probs, order = logits.softmax(-1).sort(dim=-1, descending=True)
-        before = torch.cat([torch.zeros_like(probs[..., :1]), probs.cumsum(-1)[..., :-1]], dim=-1)
-        logits = logits.masked_fill((before > top_p).gather(-1, order.argsort(-1)), float("-inf"))
-    return logits
-
-
-def pick_tokens(logits, uniform, temperature, top_k, top_p):
-    """Token ids (B, L) from logits (B, L, V): the largest logit at temperature 0 (below 1e-5), else a draw from the
-    filtered distribution by inverting its cumulative sum at `uniform` (B, L), numbers in [0, 1)."""
-    if temperature < 1e-5:
-        return logits.argmax(-1)
-    cumulative = filter_logits(logits, temperature, top_k, top_p).softmax(-1).cumsum(-1)
-    drawn = torch.searchsorted(cumulative, uniform[..., None] * cumulative[..., -1:], right=True)[..., 0]
-    return drawn.clamp(max=logits.shape[-1] - 1)
 
 
 class ColaDLM(nn.Module):
@@ -136,7 +103,7 @@ class ColaDLM(nn.Module):
         finished leave the batch together, when they are a quarter of it.
         pad_id: fills the prompt's last block for the encoder (where, in the released model, it matters); default the
         last id of the vocabulary.
-        row_ids: which noise of the seed a row draws (`block_generators`), whatever its batch; default 0, 1, 2, ...
+        row_ids: which noise of the seed a row draws (`extras.draws`), whatever its batch; default 0, 1, 2, ...
         noise: (n_blocks, B, block_size, d), where blocks begin, instead; generation ends with the last of them.
         state: of `prefill`, for one row: a text that `ids` continue.  It is moved on, and can be given again.
         watch(z, t, new): called after every step of the solver, with the latents (B, block_size, d), their mean time,
@@ -391,29 +358,3 @@ class Block(NamedTuple):  # one generated block of all rows that are in the batc
     new: list[list[int]]  # the tokens of each row, those of the prompt excepted
     last: bool  # no block will follow
     rows: list[int]  # which of the prompts they are
-
-
-def block_generators(seed, row_ids, block):
-    """The random numbers of one block, a torch.Generator for each row.
-
-    Seeded as in the released code, seed + 1000 row + 10^7 block, while these digits and the 32 bits that PyTorch uses
-    of a seed tell the three apart; others have a state mixed from all three, so no noise is drawn twice."""
-    generators = [torch.Generator().manual_seed((seed + 1000 * i + 10_000_000 * block) % 2**32) for i in row_ids]
-    for generator, row in zip(generators, row_ids, strict=True):
-        if seed >= 1000 or row >= 10_000 or block > 428:
-            words = np.random.SeedSequence([block, seed, row]).generate_state(624).astype(np.uint64)
-            state = generator.get_state()  # 24 bytes, then the 624 words of the Mersenne Twister, 8 bytes each
-            state[24 : 24 + words.nbytes] = torch.from_numpy(words.view(np.uint8))
-            generator.set_state(state)
-    return generators
-
-
-def normal(shape, generators, device):
-    """Draws from N(0, I), for each generator of that shape: (B, *shape)."""
-    return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
-
-
-def pad_rows(ids, chunk, pad_id, device):
-    """Lists of ids -> (B, L), padded on the right to the longest row and to a multiple of `chunk`."""
-    length = -(-max(map(len, ids)) // chunk) * chunk
-    return torch.tensor([row + [pad_id] * (length - len(row)) for row in ids], device=device)

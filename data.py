@@ -472,6 +472,12 @@ def end_ids(eos_id):
         raise ValueError(f"eos_id must be a token id, or several, not {reprlib.repr(eos_id)}") from None
 
 
+def pad_rows(ids, chunk, pad_id, device):
+    """Lists of ids -> (B, L), padded on the right to the longest row and to a multiple of `chunk`."""
+    length = -(-max(map(len, ids)) // chunk) * chunk
+    return torch.tensor([row + [pad_id] * (length - len(row)) for row in ids], device=device)
+
+
 class Writer:
     """What one row has said: counts its tokens, ends it at eos_id or the limit, and turns ids into text if asked."""
 

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from cola import block_generators, pad_rows
-from data import check_ids, prompt_ids
+from data import check_ids, pad_rows, prompt_ids
+from extras.draws import block_generators
 from flow import solve, training_layout, velocity_of_all_blocks
 from vae import Posterior
 

@@ -24,9 +24,9 @@ import cola
 import data
 import released_format
 import sample
-from cola import ColaDLM, Writer, pick_tokens
+from cola import ColaDLM, Writer
 from dit import DiT, DiTConfig
-from extras import compiled
+from extras import compiled, draws
 from extras.compiled import CompiledColaDLM
 from flow import solver_times, velocity_of_all_blocks
 from options import SamplingOptions
@@ -256,7 +256,7 @@ def test_guidance(model, generated_latents):
 def test_drawn_tokens_follow_the_distribution():
     logits = torch.log(torch.tensor([0.5, 0.0, 0.3, 0.2])).expand(1, 100_000, 4)
     uniform = torch.rand(1, 100_000, generator=torch.Generator().manual_seed(0))
-    share = pick_tokens(logits, uniform, 1.0, 0, 1.0)[0].bincount(minlength=4) / 100_000
+    share = draws.pick_tokens(logits, uniform, 1.0, 0, 1.0)[0].bincount(minlength=4) / 100_000
     torch.testing.assert_close(share, torch.tensor([0.5, 0.0, 0.3, 0.2]), atol=0.01, rtol=0)
 
 
@@ -334,7 +334,7 @@ def test_weights_that_are_not_finite(part):
 def test_top_p_stops_above_its_number():
     """At exactly top_p it takes one token more, as the released code does."""
     logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
-    counts = [int(cola.filter_logits(logits, top_p=p).isfinite().sum()) for p in (0.49, 0.5, 0.51, 0.74, 0.75)]
+    counts = [int(draws.filter_logits(logits, top_p=p).isfinite().sum()) for p in (0.49, 0.5, 0.51, 0.74, 0.75)]
     assert counts == [1, 2, 2, 2, 3]
 
 
@@ -347,13 +347,13 @@ def test_no_two_blocks_have_the_same_noise():
     blocks = [(0, 0, 0), (0, 0, 1), (0, 10_000, 0), (0, 1, 0), (1000, 0, 0), (0, 2**32, 0), (0, 0, 429), (0, 0, 430)]
     blocks += [(4_290_000_000 - 2**31, 0, 0), (1000, 1, 0), (2000, 0, 0), (1000, 0, 1), (1000, 2**32, 0)]
     blocks += [(704, 5032, 0), (0, 10_000, 1), (0, 20_000, 0)]  # 5032704 = 430 * 10^7 - 2^32
-    drawn = [cola.normal((4,), cola.block_generators(seed, [row], b), "cpu") for seed, row, b in blocks]
+    drawn = [draws.normal((4,), draws.block_generators(seed, [row], b), "cpu") for seed, row, b in blocks]
     assert len(set(map(str, torch.stack(drawn).tolist()))) == len(blocks)
 
 
 def test_noise_is_that_of_the_released_code_while_its_seeds_differ():
     for seed, row, block in [(0, 0, 0), (999, 9_999, 0), (7, 3, 428)]:
-        (generator,) = cola.block_generators(seed, [row], block)
+        (generator,) = draws.block_generators(seed, [row], block)
         assert generator.initial_seed() == seed + 1000 * row + 10_000_000 * block
         expected = torch.Generator().manual_seed(generator.initial_seed())
         assert torch.equal(torch.randn(9, generator=generator), torch.randn(9, generator=expected))
@@ -361,7 +361,7 @@ def test_noise_is_that_of_the_released_code_while_its_seeds_differ():
 
 def test_noise_of_other_seeds_comes_from_the_whole_state():
     """Of NumPy's Mersenne Twister with the same state: PyTorch's numbers are the low 24 bits of its words."""
-    (generator,) = cola.block_generators(1000, [5], 3)
+    (generator,) = draws.block_generators(1000, [5], 3)
     twister = np.random.MT19937()
     words = np.random.SeedSequence([3, 1000, 5]).generate_state(624)
     twister.state = dict(bit_generator="MT19937", state=dict(key=words, pos=624))

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 import cola
 import flow
 from dit import DiT, DiTConfig
+from extras import draws
 from vae import TextVAE, VAEConfig
 
 FOLDER = Path(__file__).parent / "oracle"
@@ -137,7 +138,7 @@ def test_seeds_of_the_released_code(model):
     rows = {3: 0, 11: 3, 12: 4}  # sample id: row of the recorded noise
     for sample_id, row in rows.items():
         for block in range(2):
-            (generator,) = cola.block_generators(123, [sample_id], block)
+            (generator,) = draws.block_generators(123, [sample_id], block)
             drawn = torch.randn(BLOCK, CASE["latent_dim"], generator=generator)
             assert torch.equal(drawn, EXPECTED["e2e.seeded_noise"][block, row])
 
@@ -146,14 +147,14 @@ def test_choosing_tokens():
     logits, context = EXPECTED["sample.logits"], EXPECTED["sample.ctx"]
     for setting in CASE["sample_settings"]:
         options = {key: setting[key] for key in ("temperature", "top_k", "top_p")}
-        kept = cola.filter_logits(logits, **options).isfinite()
+        kept = draws.filter_logits(logits, **options).isfinite()
         assert torch.equal(kept, EXPECTED[f"sample.kept_{setting['index']}"])
     seen = torch.zeros(len(logits), logits.shape[-1], dtype=torch.bool).scatter_(1, context, True)
     for i, penalty in enumerate([1.1, 1.5]):
-        penalised = cola.penalise(logits, seen, penalty)
+        penalised = draws.penalise(logits, seen, penalty)
         torch.testing.assert_close(penalised, EXPECTED[f"sample.penalised_{i}"])
-        assert torch.equal(cola.pick_tokens(penalised, None, 0, 0, 1), EXPECTED[f"sample.greedy_{i}"])
-    kept = cola.filter_logits(cola.penalise(logits, seen, 1.1), temperature=0.8, top_k=20, top_p=0.9).isfinite()
+        assert torch.equal(draws.pick_tokens(penalised, None, 0, 0, 1), EXPECTED[f"sample.greedy_{i}"])
+    kept = draws.filter_logits(draws.penalise(logits, seen, 1.1), temperature=0.8, top_k=20, top_p=0.9).isfinite()
     assert torch.equal(kept, EXPECTED["sample.kept_all"])
 
 
