@@ -117,7 +117,7 @@ class Options(TextOptions):
     max_new_tokens: int = option(128, "at most so many new tokens an answer", low=1)
     temperature: float = option(0.8, "of the tokens; 0 takes the likeliest", low=0.0)
     top_k: int = option(50, "keep the k likeliest tokens; 0 keeps all", low=0)
-    cfg_scale: float = option(7.0, "guidance: how strongly the history steers; 1: none", low=0.0, high=1e3)
+    cfg_scale: float = option(7.0, "guidance by the history; 1: none; 0: as in sample.py", low=0.0, high=1e3)
     top_p: float = option(0.9, "keep the likeliest tokens of this total probability", low=0.0, high=1.0)
 
 

@@ -197,7 +197,7 @@ class ColaDLM(nn.Module):
         max_len = (end := int(n_history.max())) + n_blocks * block_size
         if state is None:
             caches = self.new_dit_cache(len(ids), max_len), self.vae.new_cache(len(ids), max_len)
-            state = Generation(list(range(len(ids))), *caches, n_blocks, n_known, ids)
+            state = Generation(list(range(len(ids))), *caches)
         elif max_len > (room := state.vae_cache.max_len):
             raise ValueError(f"this text has become too long: {max_len} latents are needed, there is room for {room}")
         # Half a latent that ends the history was encoded with padding, and keeps it.
@@ -214,7 +214,7 @@ class ColaDLM(nn.Module):
         mu = [self.vae.encode(part, cache).mu for part in padded.split(step * p, dim=1)]
         prompt_z = self.vae.to_dit(torch.cat(mu, dim=1))  # (B, n, d)
         start = int(state.dit_cache.length[0])  # 0, if this is the beginning
-        state.vae_cache.length = state.dit_cache.length.clone()  # which may have read one block less
+        state.vae_cache.length = state.dit_cache.length  # which may have read one block less
         if n_old > start:  # the last block was not finished
             prompt_z[:, start:n_old] = state.last_z[:, : n_old - start]
         while start < end:
@@ -225,7 +225,7 @@ class ColaDLM(nn.Module):
             state.dit_cache.commit(history.shape[1])
             state.vae_cache.commit(history.shape[1])
             start += history.shape[1]
-        state.dit_cache.length, state.vae_cache.length = n_history.clone(), n_history.clone()
+        state.dit_cache.length = state.vae_cache.length = n_history
         is_known = torch.arange(block_size) < (n_latents - n_history)[:, None]  # (B, block_size)
         if is_known.any():
             at = (n_history[:, None] + torch.arange(block_size)).clamp(max=prompt_z.shape[1] - 1)
@@ -239,11 +239,12 @@ class ColaDLM(nn.Module):
         eta, noise: of `flow.solve`; solver: its, or "draw" (`Codebook.draw`); on_step(z, t): called after every step.
 
         "Clean repaint": latents that the prompt determines are clean (time 0) and do not move.
-        Rows without a history are not guided, as released; by an open prompt they could be."""
+        Rows without a history are not guided, as released (an open prompt could be one); "draw" guides all."""
         n, cache, is_known, codes = z1.shape[1], state.dit_cache, state.is_known, self.dit.codebook
         if (draw := solver == "draw") and codes is None:
             raise ValueError("the solver draw takes a prior with codes: this one has none")
-        guided = ((cache.length > 0) | (state.unread is not None)) & (cfg_scale != 1)
+        has_history = (cache.length > 0) | (state.unread is not None)  # an unread block is history, too
+        guided = has_history & (cfg_scale != 1)
         copies = 2 if guided.any() and not draw else 1
         scale = torch.where(guided, cfg_scale, 1.0).to(self.device)[:, None, None]
         noise = noise or partial(torch.randn_like, z1)
@@ -269,15 +270,16 @@ class ColaDLM(nn.Module):
                 index = F.pad(index, (n, 0), value=CLEAN)
                 guess = None if guess is None else F.pad(guess, (0, 0, n, 0))
             layout = layout or self.dit.layout(z.shape[1], self.device, cache, copies, n)
-            answer = self.run_dit(z, self.embedded(state, t), index, layout, cache, guess, n, draw)
+            answer = self.run_dit(z, self.times_of(state, t), index, layout, cache, guess, n, draw)
             if unread is not None:
                 cache.commit(n)
                 state.unread = layout = None
             return answer
 
         def guided_velocity(z, t):
-            # Both branches in one batch; the second half has no rows in the cache, hence no history.  How that is
-            # trained without ever dropping the history: the first block of every training window has none.
+            # What the solver integrates: guided, or towards a drawn code.  Both branches are in one batch; the second
+            # half has no rows in the cache, hence no history.  How that is trained without ever dropping the history:
+            # the first block of every training window has none.
             nonlocal estimate
             z = pinned(z).repeat(copies, 1, 1)
             if estimate is not None and isinstance(t, torch.Tensor):  # a latent that has arrived is its own
@@ -288,11 +290,11 @@ class ColaDLM(nn.Module):
             if estimate is not None:  # for the next step, of each branch its own
                 estimate = z - t * v
             if draw:
-                return codes.draw(v, log_w, z, t, cfg_scale, torch.special.ndtr(noise()[..., :1]))
+                return codes.draw(v, log_w, z, t, cfg_scale, torch.special.ndtr(noise()[..., 0]))
             return guide(*v.chunk(2), scale) if copies == 2 else v
 
         watch = on_step and (lambda z, t: on_step(pinned(z), t))
-        return pinned(solve(guided_velocity, pinned(z1), times, solver, eta, noise, watch))
+        return pinned(solve(guided_velocity, pinned(z1), times, "euler" if draw else solver, eta, noise, watch))
 
     def append(self, state, z):
         """Make the finished block z (B, n, d) part of the history: the next pass of the prior will read it.  Decode it
@@ -300,8 +302,8 @@ class ColaDLM(nn.Module):
         state.vae_cache.commit(z.shape[1])
         state.unread, state.is_known, state.known_z, state.n_known = z, None, None, [0] * len(state.rows)
 
-    def embedded(self, state, t):
-        """The `dit.Times` of [0, t], once for all blocks: computed in each step, they would be a third of the work."""
+    def times_of(self, state, t):
+        """The `dit.Times` of [0, t], computed once for all blocks."""
         t = tuple(t.flatten().tolist()) if isinstance(t, torch.Tensor) else (t,)
         if t not in state.times:
             state.times[t] = self.dit.embed_times(torch.tensor([[0.0, *t]], device=self.device))
@@ -322,9 +324,9 @@ class Generation:
     rows: list  # which of the prompts the rows of the batch are
     dit_cache: KVCache  # the finished blocks, as the prior sees them
     vae_cache: KVCache  # and as the decoder does
-    n_blocks: int  # room in both
-    n_known: list  # of each row: prompt tokens inside the next block
-    text: list  # of each row: all ids so far
+    n_blocks: int = 0  # that are to come, at most
+    n_known: list = field(default_factory=list)  # of each row: prompt tokens inside the next block
+    text: list = field(default_factory=list)  # of each row: all ids so far
     last_z: torch.Tensor | None = None  # (B, block_size, d), the last block, finished or not
     unread: torch.Tensor | None = None  # the same, if it is finished but not yet in the dit_cache
     is_known: torch.Tensor | None = None  # bool (B, block_size): latents of those tokens
@@ -349,8 +351,9 @@ class Generation:
         self.rows, self.n_known, self.text = ([x[i] for i in kept] for x in (self.rows, self.n_known, self.text))
         self.dit_cache.keep(kept)
         self.vae_cache.keep(kept)
-        if self.is_known is not None:
-            self.is_known, self.known_z = self.is_known[kept], self.known_z[kept]
+        for name in ("last_z", "unread", "is_known", "known_z"):
+            if (value := getattr(self, name)) is not None:
+                setattr(self, name, value[kept])
 
 
 class Block(NamedTuple):  # one generated block of all rows that are in the batch

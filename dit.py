@@ -6,8 +6,8 @@ as a whole, given the finished blocks before it.  Tokens never appear here.
 
 The time enters through adaLN-Zero: every block has its LayerNorms shifted and scaled, and its two branches gated, by
 linear functions of a time embedding.  A sequence holds few times, 0 where latents are clean and t where they are noisy
-(one t, or one for every block or latent), so the modulation is computed once per distinct time, not per position (that
-would be a third of all block FLOPs).
+(one t, one for every block or, with a stagger, for every latent), so the modulation is computed once per distinct time,
+not per position (that would be a third of all block FLOPs).
 
 Two parts are ours and not the paper's, and off in released models: with n_codes above 0, a `Codebook` adds to the
 velocity (extras/codebook.py); with self_conditioning, the network also sees its own last estimate of z0.
@@ -26,7 +26,7 @@ from extras.codebook import Codebook
 from transformer import KVCache, apply_rope, attend, make_layout, rope_freqs, run_block
 
 TIME_CHANNELS = 256
-CLEAN, NOISY = 0, 1  # which time a latent has, an index of its row's: [0, t], or [0, t of every block or latent]
+CLEAN, NOISY = 0, 1  # indices into the times of a row: time 0, and the (first) noisy time
 ROPE_THETA = 10000.0
 
 

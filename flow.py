@@ -19,8 +19,8 @@ from transformer import Layout, block_mask, sees
 
 
 def sample_times(shape, loc, scale, generator=None, device=None, block_size=1, stagger=0.0):
-    """Logit-normal times t = sigmoid(N(loc, scale)), of that shape; with a stagger, of every latent of so many blocks
-    (B, n_blocks), see `staggered`.
+    """Logit-normal times t = sigmoid(N(loc, scale)), of that shape; with a stagger, shape is (B, n_blocks), and the
+    result has a time for every latent, (B, n_blocks block_size), see `staggered`.
 
     With loc 1 the median is 0.73: high noise decides which text appears.  The more channels a latent has, the
     longer it can be told apart in noise, and the higher loc should be."""
@@ -31,7 +31,8 @@ def sample_times(shape, loc, scale, generator=None, device=None, block_size=1, s
 
 
 def staggered(u, block_size, stagger):
-    """What each latent of a block has before it when that is u for the block: 1 before it starts, 0 when it is done.
+    """The share of its way that each latent has before it when a block has the share u: 1 until it starts, 0 once it
+    has arrived, exactly, hence rounded.
 
     Ours, after arXiv:2305.09515: each latent starts a share `stagger` of its way later than the one before it.  With 0
     all go together, as in the paper; with 1 one by one.  u (..., n_blocks) -> (..., n_blocks block_size)"""
@@ -56,8 +57,8 @@ def flow_matching_loss(dit, z0, z1, t, prompt=None, valid=None, block_size=None,
     """L_FM of all blocks in one pass (stage 2, Eq. 3.7).
 
     z0 (B, n, d) clean latents; z1 (B, n, d) noise; t: a time for every row (B,), block (B, n_blocks) or latent (B, n).
-    Latents at time 0 have arrived, those at time 1 wait: they carry no loss, except the first that waits, whose first
-    step that is.
+    Of latents with times of their own, those at 0 have arrived and those at 1 wait: they carry no loss, except the
+    first of a block that waits, since its first step begins there.
     prompt: bool (B, n), latents that stay clean; valid: bool (B, n), False on padding: no loss there, either.
     block_size: latents per block, default that of the dit's configuration.
     Returns the mean squared velocity error per channel, a scalar, plus the following.
@@ -71,17 +72,19 @@ def flow_matching_loss(dit, z0, z1, t, prompt=None, valid=None, block_size=None,
 
     No condition is ever dropped for guidance: the first block of every row has no history, and trains the unconditional
     velocity."""
-    of_latents = at_latents(t, z0.shape[1], block_size or dit.config.block_size)[..., 0]  # (B, n)
-    is_clean = of_latents == 0 if prompt is None else prompt | (of_latents == 0)
-    started = of_latents < 1
-    counts = ~is_clean & (started | F.pad(started[:, :-1], (1, 0), value=True))
-    counts = counts if valid is None else counts & valid
+    n, block_size = z0.shape[1], block_size or dit.config.block_size
+    is_clean = torch.zeros_like(z0[..., 0], dtype=torch.bool) if prompt is None else prompt
+    counts = ~is_clean if valid is None else valid & ~is_clean
+    if t.shape == (len(t), n):  # a time for every latent
+        opens = torch.arange(n, device=t.device) % block_size == 0
+        is_clean, counts = is_clean | (t == 0), counts & (t > 0) & ((t < 1) | opens | (t.roll(1, 1) < 1))
     error = velocity_error(dit, z0, z1, t, is_clean, block_size, code_weight)
     return (error * counts).sum() / (counts.sum().clamp(min=1) if count is None else count)
 
 
 def velocity_error(dit, z0, z1, t, is_clean=None, block_size=None, code_weight=0.0):
-    """(v - (z1 - z0))^2 at z_t, the mean over channels: (B, n).  Options: of `flow_matching_loss`; is_clean: prompt."""
+    """(v - (z1 - z0))^2 at z_t, the mean over channels, and the term of code_weight: (B, n).  is_clean: bool (B, n),
+    latents that stay clean, at time 0; others: of `flow_matching_loss`."""
     clean, block_size = z0.detach(), block_size or dit.config.block_size
     zt = torch.lerp(z0, z1, at_latents(t, z0.shape[1], block_size))
     if is_clean is not None:
@@ -100,16 +103,15 @@ def velocity_error(dit, z0, z1, t, is_clean=None, block_size=None, code_weight=0
 def own_estimate(dit, clean, zt, t, is_clean, block_size, layout):
     """Self-conditioning: what the network itself takes z0 to be at zt, which is zt - t v.  (B, n, d)
 
-    In training, half of the rows have none (0), as in the first step of a solver.  The others cost a forward pass."""
+    In training, the second half of the rows has none (0), as in the first step of a solver; the first costs a pass."""
     n_rows = len(zt) // 2 if dit.training else len(zt)
     estimate = torch.zeros_like(zt)
     if n_rows == 0:
         return estimate
     clean, zt, t, is_clean = (x if x is None else x[:n_rows] for x in (clean, zt, t, is_clean))
     v = velocity_of_all_blocks(dit, clean, zt, t, is_clean, block_size, layout=layout)
-    estimate[:n_rows] = zt - at_latents(t, zt.shape[1], block_size) * v
-    if is_clean is not None:
-        estimate[:n_rows] = torch.where(is_clean[..., None], clean, estimate[:n_rows])
+    found = zt - at_latents(t, zt.shape[1], block_size) * v
+    estimate[:n_rows] = found if is_clean is None else torch.where(is_clean[..., None], clean, found)
     return estimate
 
 
@@ -193,6 +195,8 @@ def solve(velocity, z, times, solver="euler", eta=0.0, noise=None, watch=None):
     generator's), in place of a part of the old, as much as in DDIM (arXiv:2010.02502, Eq. 16): with 1, the ancestral
     sampler of DDPM.  All times keep the distribution that the flow gives them, and errors of earlier steps are
     forgotten."""
+    if solver not in ("euler", "heun"):
+        raise ValueError(f"solver {solver} must be euler or heun")
     for t, following in pairwise(times):
         dt = following - t
         v = velocity(z, t)
@@ -200,7 +204,7 @@ def solve(velocity, z, times, solver="euler", eta=0.0, noise=None, watch=None):
             v = (v + velocity(z + dt * v, following)) / 2
         if eta > 0:
             z0, z1 = z - t * v, z + (1 - t) * v  # where v leads, and whence
-            kept = (1 - t) / t * following / (1 - following)  # signal over noise, now and at the next time: below 1
+            kept = (1 - t) / t * following / (1 - following)  # signal/noise now over that of the next time, below 1
             fresh = eta * (1 - kept**2) ** 0.5
             new = noise() if noise else torch.randn_like(z)
             moved = (1 - following) * z0 + following * ((1 - fresh**2) ** 0.5 * z1 + fresh * new)

@@ -112,7 +112,9 @@ class PriorOptions(TrainingOptions):
     # objective
     t_loc: float = option(1.0, "times are sigmoid(N(t_loc, t_scale)); the paper: 1 for d = 16, 1.7 for 64, 2.3 for 128")
     t_scale: float = option(1.0, hidden=True)
-    stagger: tuple = option((0.0,), "of the latents of a block, drawn in each pass (sample.py)", low=0.0, high=1.0)
+    stagger: tuple = option(
+        (0.0,), "as in sample.py, drawn in each pass; held-out losses take the first", low=0.0, high=1.0
+    )
     block_times: bool = option(True, hidden=True)  # a time for every block of several latents; the paper: every row
     prompt_prob: float = option(0.05, hidden=True)  # share of blocks that keep a random clean prefix, a prompt
     joint: bool = option(False, "train the VAE along, held near its stage-1 encoder")
@@ -156,16 +158,17 @@ class SamplingOptions:
     block_size: a prior trained with several sizes writes with each.  Where a block ends inside one of the VAE's, as in
     the released chat, the decoder sees that one unfinished.
     steps, solver, grid, eta, stagger: from noise to latent, see `flow.solve`, `flow.solver_times`, `flow.staggered`.
-    "draw", for a prior with codes, draws one of them in every step: `Codebook.draw`.
-    cfg_scale: guidance u + s (c - u), with history over without, from the second block on; for "draw", the codes'
-    weights with the context over those without, to the power s.
+    "draw", for a prior with codes, draws one of them in every step: `Codebook.draw`.  With a stagger, steps are laid
+    over the whole block, so those before the end of a prompt inside it move nothing.
+    cfg_scale: guidance u + s (c - u), with history over without, where there is any; for "draw", in every block,
+    m (w / m)^s of the codes' weights w with the context and m without.  0: see `guidance`.
     temperature: 0 takes the likeliest token at each position; otherwise top_k and top_p apply (0 and 1: off).
     repetition_penalty: as released, the ids that count are the model's own predictions of earlier blocks."""
 
     max_new_tokens: int = option(64, "at most so many new tokens a sample", low=1)
     block_size: int = option(0, "latents per block, one of those in training; 0: the model's own", low=0)
     steps: int = option(16, "steps of the ODE solver per block", low=1)
-    solver: str = option("euler", "heun: two passes a step, for --eta 0; draw: few steps, with codes", choices=SOLVERS)
+    solver: str = option("euler", "heun: two passes a step, for --eta 0; draw: to codes", choices=SOLVERS)
     grid: str = option("quantiles", "times of the steps; quantiles: of the times of training", choices=GRIDS)
     eta: float = option(1.0, "share of fresh noise in each step, as in DDIM; 0: the ODE", low=0.0, high=1.0)
     stagger: float = option(

@@ -38,7 +38,7 @@ class PriorObjective(nn.Module):
 
     models: what is trained, dit and, with o.joint, vae.  frozen: the stage-1 VAE, which encodes the text or, in joint
     training, is the reference; not a submodule, so that it is neither trained nor sharded.  answer_len: of
-    conversations, the mean number of latents of an answer."""
+    conversations, the mean length of an answer, in latents."""
 
     def __init__(self, o, models, frozen, answer_len=0.0):
         super().__init__()
@@ -71,12 +71,15 @@ class PriorObjective(nn.Module):
             prompt, valid = parts == PROMPT, parts != PADDING
             alone = vae.encode(idx.masked_fill(~prompt, vae.config.vocab_size - 1))
             z0 = torch.where(prompt[..., None], vae.to_dit(alone.mu), z0)
-            count = B * self.answer_len  # of latents with loss, the number expected
+            count, share = B * self.answer_len, 0.0
         else:
             prompt, valid = simulated_prompts(B, n, block_size, o.prompt_prob, generator, z0.device), None
-            count = B * n * (1 - o.prompt_prob / 2 * (block_size > 1))  # the mean prompt is half a block
-            wait = stagger * (block_size - 1)  # of the last latent, in ways of one
-            count *= (block_size + wait) / (1 + wait) / block_size  # those on their way, and the first that waits
+            count, share = B * n, o.prompt_prob * (block_size > 1)  # of blocks with a prompt, half a block in the mean
+
+        def with_loss(k):  # of the first k latents of a block, the mean: those on their way, and the first that waits
+            return (k * (1 + stagger) - stagger) / (1 + stagger * (block_size - 1))
+
+        count *= (with_loss(block_size) - share * with_loss(block_size / 2)) / block_size  # the number to be expected
         code_weight = CODE_WEIGHT if self.training and o.n_codes else 0.0
         count = count if self.training else None
         fm = flow_matching_loss(dit, z0, z1, t, prompt, valid, block_size, code_weight, count)

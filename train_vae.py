@@ -25,7 +25,7 @@ from released_format import find_tokenizer, load_vae, load_vae_config, save_vae
 from training import Run, adopt, held_out_loss, train
 from vae import TextVAE, VAEConfig, masked_view_loss, reconstruction_loss, token_accuracy
 
-LOW_SNR = 0.5  # about 4.5 is usual; 0 is where a new VAE begins, and where the posterior collapses to N(mu, 1)
+LOW_SNR = 0.5  # 3.5 to 4 is usual; 0 is where a new VAE begins, and where the posterior collapses to N(mu, 1)
 PARTS = dict(all="", decoder="decoder", final_layer="decoder.final_layer")  # names of --vae-part, of parameters
 
 
@@ -101,11 +101,12 @@ def main():
 
     batch, held_out = corpus.batches(o.batch_size, o.seq_len, o.seed), corpus.held_out(o.seq_len)
 
+    def drowns(row):
+        return row.get("log_snr", math.inf) < LOW_SNR and row["step"] > o.warmup
+
     def evaluate():
-        noisy = [row["step"] for row in run.log if row.get("log_snr", math.inf) < LOW_SNR and row["step"] > o.warmup]
-        if noisy and noisy[0] == run.log[-1]["step"]:  # once
-            advice = "lower --beta or --lr, or raise --decoder-noise"
-            snr = run.log[-1]["log_snr"]
+        if run.log and drowns(run.log[-1]) and not any(map(drowns, run.evaluations())):  # once
+            snr, advice = run.log[-1]["log_snr"], "lower --beta or --lr, or raise --decoder-noise"
             tqdm.write(f"warning: the noise of the latents drowns them (log_snr {snr:.2f}): {advice}")
         return dict(held_out=held_out_loss(objective, held_out, o, rows))
 

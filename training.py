@@ -55,7 +55,7 @@ LOCKS = {}  # of this process: {folder: open descriptor}
 
 
 def train(run, objective, optimizer, batch, rows, states, evaluate, export, after_step=None):
-    """Train from run.step to the last step, with --init or anew, or from where a run was interrupted.
+    """Train from run.step to the last step.
 
     objective(idx, generator) -> (loss, terms); batch(step) -> idx (B, ...), for all processes; rows: sequences of one
     forward pass; states: what `Run.save` keeps; evaluate() -> {name: loss} on held-out text; export() writes the model,
@@ -64,7 +64,7 @@ def train(run, objective, optimizer, batch, rows, states, evaluate, export, afte
     o, device = run.options, next(objective.parameters()).device
     amp, tokens_per_step, skipped = autocast(device, o.precision), o.batch_size * o.seq_len, 0
     if o.warmup >= o.steps:
-        print(f"warning: the learning rate never reaches --lr {o.lr}: --warmup {o.warmup} is as long as the run")
+        print(f"warning: the learning rate still rises to --lr {o.lr} at the end: --warmup {o.warmup} is as long")
     if not o.resume:
         run.record(0, evaluate())
         export()
@@ -216,9 +216,11 @@ def take_over(options, given):
     """The options of train_prior.py, completed by those of the model that it starts from (--init) and of its VAE."""
     if options.init:
         options.vae = options.vae if "vae" in given else options.init
+        saved = saved_options(options.init)
+        options.stagger = options.stagger if "stagger" in given else saved.get("stagger", options.stagger)
         options = adopt(options, given, load_dit_config(options.init), free=("block_size", "t_loc"))
         if "block_size" not in given:  # the configuration has the first alone
-            sizes = saved_options(options.init).get("block_size", ())
+            sizes = saved.get("block_size", ())
             if sizes[:1] == options.block_size:
                 options.block_size = sizes
             elif options.chat and options.block_size == (16,):

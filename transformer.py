@@ -66,7 +66,7 @@ class KVCache:
         return len(self.length)
 
     def positions(self, n):
-        """Positions of the next n latents of each row, (B, n), or (1, n) if no mask is needed."""
+        """Positions of the next n latents of each row, (B, n), or (1, n) if they are the same for all."""
         start = self.length if self.ragged else self.length[:1]
         return start[:, None] + torch.arange(n)
 
@@ -117,21 +117,21 @@ def make_layout(n, block_size, rope, device, cache=None, copies=1, flex=False, l
     block, end, own = pos // block_size, int(pos.max()) + 1, min(n, block_size)
     if cache is not None and end > cache.max_len:
         raise ValueError(f"a cache of {cache.max_len} positions cannot hold position {end - 1}")
-    if cache is not None and cache.ragged:
-        end = cache.reach(end)
-        keys = torch.arange(end)
-        mask = block_mask(block, keys // block_size) & (keys <= pos[:, -1, None, None])  # nothing behind a row's end
-        return Layout(rope(pos.repeat(copies, 1)), mask[:, None].to(device), pos.to(device), end=end, own=own)
-    if lengths is not None and (lengths % block_size).any():  # otherwise they end with a block, and nothing is to hide
-        keys = torch.arange(end)
-        mask = block_mask(block, keys // block_size) & (keys < lengths.clamp(min=1)[:, None, None])  # (B, n, K)
-        return Layout(rope(pos), mask[:, None].to(device), None, int(pos[0, 0]), end)
-    if block[0, 0] == block[0, -1]:  # one block, which sees itself and the whole history
+    ragged, hidden = cache is not None and cache.ragged, None
+    if ragged:
+        end, hidden = cache.reach(end), pos[:, -1] + 1  # (B,): all from there on, behind a row's end
+    elif lengths is not None and (lengths % block_size).any():  # else they end with a block: nothing to hide
+        hidden = lengths.clamp(min=1)
+    if hidden is None and block[0, 0] == block[0, -1]:  # one block, which sees itself and the whole history
         mask = None
-    elif flex:
+    elif hidden is None and flex:
         mask = flex_mask(sees, tuple(block[0].tolist()), (False,) * n, device)
     else:
-        mask = block_mask(block, torch.arange(end) // block_size)[:, None].to(device)  # (1, 1, n, K)
+        keys = torch.arange(end)
+        mask = block_mask(block, keys // block_size)  # (1 or B, n, K)
+        mask = (mask if hidden is None else mask & (keys < hidden[:, None, None]))[:, None].to(device)
+    if ragged:
+        return Layout(rope(pos.repeat(copies, 1)), mask, pos.to(device), end=end, own=own)
     return Layout(rope(pos), mask, None, int(pos[0, 0]), end, own)
 
 
@@ -139,7 +139,8 @@ def attend(q, k, v, layout, cache=None, layer=0):
     """softmax(q k^T / sqrt(D)) v, all (B, H, L, D), with the history in `cache` if there is one.
 
     A batch may have more rows than the cache: the unconditional branch of classifier-free guidance, in the same batch
-    as the conditional one.  Those rows have no history.  Their last block sees itself; nobody asks for what is before.
+    as the conditional one.  Those rows have no history: their last block sees itself, and what comes before it in the
+    pass, the block just finished, gets zeros.
     """
     if isinstance(layout.mask, BlockMask):
         return fast_flex_attention(q, k, v, layout.mask)

@@ -307,8 +307,8 @@ def masked_view_loss(vae, idx, mask_ratio, generator=None):
     """L_mask: replace a share of the tokens by [MASK], encode, sample, decode, and score the masked positions only.
 
     It keeps the latents from becoming a mere code book of single tokens: the latent of a hidden token can only come
-    from its neighbours.  Returns a scalar in nats per masked token; in training, their sum by the number expected: that
-    is the same however a batch is cut into passes (a mean would weigh passes with few masked tokens too much)."""
+    from its neighbours (in blocks of one, from those before).  Returns a scalar in nats per masked token; in training,
+    the sum divided by the number to be expected, which is the same however a batch is cut into passes."""
     masked = torch.rand(idx.shape, generator=generator, device=idx.device) < mask_ratio
     z = vae.encode(idx.masked_fill(masked, vae.mask_id)).sample(generator)
     log_p = vae.log_likelihood(z, idx, masked)  # (masked,), maybe none

@@ -3,6 +3,8 @@
 import torch
 import torch.nn as nn
 
+from extras.draws import choose
+
 CODE_TOKENS = 1 << 16  # enough of the training text to find the codes in
 
 
@@ -39,26 +41,25 @@ class Codebook(nn.Module):
 
     def spread(self, t):
         """r, the variance of z_t around a code."""
-        return t**2 + (1 - t) ** 2 * self.variance
+        return t**2 + (1 - t) ** 2 * self.variance.float()  # of bf16 weights, too: the exponents need all digits
 
     def marginal(self, z, t):
         """log w_k(z_t) of the marginal q(z0), up to a constant: (B, n, K)."""
         codes, r = self.codes.float(), self.spread(t)
-        with torch.autocast(z.device.type, enabled=False):  # r is small: the exponents need all digits
+        with torch.autocast(z.device.type, enabled=False):
             nearness = (1 - t) / r * (z.float() @ codes.T) - (1 - t) ** 2 / (2 * r) * codes.square().sum(-1)
-            return nearness + self.share.float().clamp(min=1e-30).log()
+            return nearness + self.share.float().clamp(min=1e-30).log()  # no infinities, for guidance subtracts them
 
     def draw(self, v, log_w, z, t, scale, uniform):
         """The velocity v (B, n, d) towards one code, drawn from the weights w, in place of their mean.
 
-        A step of the solver then leads to text that can be, however long it is; where the mean of many codes, being
-        none, needs many steps.  scale: guidance, w (w / w_marginal)^(scale - 1): it needs no second pass, since the
-        marginal is known.  uniform (B, n, 1): in [0, 1), what to draw by."""
+        A step of the solver then leads to a latent that a token can have, however long the step is; the mean of many
+        codes is none, and takes many steps to become one.  scale: guidance, w (w / w_marginal)^(scale - 1): it needs no
+        second pass, since the marginal is known.  uniform (B, n): from 0 to 1, what to draw by."""
         with torch.autocast(z.device.type, enabled=False):
             marginal, codes = self.marginal(z, t), self.codes.float()
-            cumulative = (marginal + scale * (log_w - marginal)).softmax(-1).cumsum(-1)
-            drawn = torch.searchsorted(cumulative, uniform * cumulative[..., -1:], right=True).clamp(max=len(codes) - 1)
-            return v + t / self.spread(t) * (log_w.exp() @ codes - codes[drawn[..., 0]])
+            drawn = choose((marginal + scale * (log_w - marginal)).softmax(-1), uniform)
+            return v + t / self.spread(t) * (log_w.exp() @ codes - codes[drawn])
 
     def nearest(self, z0):
         """The index of the code nearest to each clean latent: (..., d) -> (...)."""

@@ -1,4 +1,5 @@
-"""What is drawn at random in generation: the noise that a block begins with, and tokens from their logits."""
+"""What is drawn at random in generation: the noise that a block begins with, tokens from their logits, codes from
+their weights."""
 
 import numpy as np
 import torch
@@ -52,6 +53,12 @@ def pick_tokens(logits, uniform, temperature, top_k, top_p):
     filtered distribution by inverting its cumulative sum at `uniform` (B, L), numbers in [0, 1)."""
     if temperature < 1e-5:
         return logits.argmax(-1)
-    cumulative = filter_logits(logits, temperature, top_k, top_p).softmax(-1).cumsum(-1)
-    drawn = torch.searchsorted(cumulative, uniform[..., None] * cumulative[..., -1:], right=True)[..., 0]
-    return drawn.clamp(max=logits.shape[-1] - 1)
+    return choose(filter_logits(logits, temperature, top_k, top_p).softmax(-1), uniform)
+
+
+def choose(weights, uniform):
+    """An index drawn by weights (..., K), which need not add up to 1, where their cumulative sum reaches the share
+    `uniform` (...), from 0 to 1, of the whole."""
+    cumulative = weights.cumsum(-1)
+    share = uniform.clamp(max=1 - 2**-20)[..., None]  # 1 would lead behind the last that has any weight
+    return torch.searchsorted(cumulative, share * cumulative[..., -1:], right=True)[..., 0]

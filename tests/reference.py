@@ -1,7 +1,8 @@
 """The method in its plainest form: the velocity, the loss of stage 2 and generation, without anything that makes them
 fast.  All rows of a batch stand in one line, and a dense mask says what each latent sees.  The weights are those of a
 `dit.DiT` and a `vae.TextVAE`, for whose ways of doing the same thing this is the yardstick: of the tests for the
-numbers, of measure/bench.py for the time.  (Without codes, prompts and padding.)"""
+numbers, of measure/bench.py for the time.  (Without codes, self-conditioning, prompts, padding, fresh noise, and
+times that differ in a row.)"""
 
 import torch
 

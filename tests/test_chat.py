@@ -244,3 +244,10 @@ def test_a_model_with_blocks_of_16_is_tuned_in_the_released_shares(trained, tmp_
         call(train_prior.main, f"{start} {more} --out out{len(more)}", monkeypatch, tmp_path)
         assert saved_options(tmp_path / f"out{len(more)}")["block_size"] == wanted
     assert [training.CHAT_BLOCKS.count(size) for size in (1, 4, 8, 16)] == [1, 3, 3, 3]
+
+
+def test_a_stagger_is_kept_in_tuning(trained, monkeypatch):
+    monkeypatch.setattr(training, "saved_options", lambda _: dict(stagger=(0.0, 0.7)))
+    for given, wanted in [(set(), (0.0, 0.7)), ({"stagger"}, (0.2,))]:
+        options = PriorOptions(init=str(trained / "runs" / "cola"), stagger=(0.2,))
+        assert training.take_over(options, given).stagger == wanted

@@ -258,6 +258,8 @@ def test_drawn_tokens_follow_the_distribution():
     uniform = torch.rand(1, 100_000, generator=torch.Generator().manual_seed(0))
     share = draws.pick_tokens(logits, uniform, 1.0, 0, 1.0)[0].bincount(minlength=4) / 100_000
     torch.testing.assert_close(share, torch.tensor([0.5, 0.0, 0.3, 0.2]), atol=0.01, rtol=0)
+    weights = torch.tensor([0.0, 2.0, 0.0, 3.0, 0.0]).expand(2, 5)
+    assert draws.choose(weights, torch.tensor([0.0, 1.0])).tolist() == [1, 3]  # never one without any weight
 
 
 def test_patches_of_two_tokens():

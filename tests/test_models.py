@@ -451,18 +451,20 @@ def test_staggered_times_of_training():
 
 def test_the_loss_of_latents_with_times_of_their_own():
     """Against the sampler's cache; what has arrived, and what waits behind another, carries no loss."""
-    dit, z0, z1 = small_dit(), torch.randn(2, 8, d), torch.randn(2, 8, d)
-    t = torch.tensor([[0, 0.3, 1, 1, 0.2, 0.6, 1, 1], [0.5, 0.5, 0.5, 0.5, 0, 0, 0.4, 0.9]])
-    counts = torch.tensor([[0, 1, 1, 0, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0, 1, 1]])
-    zt, cache, errors = torch.lerp(z0, z1, t[..., None]), dit.new_cache(2, 8), []
+    dit, z0, z1 = small_dit(), torch.randn(3, 8, d), torch.randn(3, 8, d)
+    t = torch.tensor([[0, 0.3, 1, 1, 0.2, 0.6, 1, 1], [0.5, 0.5, 0.5, 0.5, 0, 0, 0.4, 0.9], [0.3, 1, 1, 1, 1, 1, 1, 1]])
+    counts = torch.tensor([[0, 1, 1, 0, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0, 1, 1], [1, 1, 0, 0, 1, 0, 0, 0]])
+    zt, cache, errors = torch.lerp(z0, z1, t[..., None]), dit.new_cache(3, 8), []
     for block in (slice(0, 4), slice(4, 8)):
         v = dit(zt[:, block], t[:, block], torch.arange(4)[None], None, cache)
         errors.append((v - (z1 - z0)[:, block]).square().mean(-1))
         dit(z0[:, block], torch.zeros(1), cache=cache)
         cache.commit(4)
     wanted = (torch.cat(errors, dim=1) * counts).sum() / counts.sum()
-    for prompt in (None, torch.zeros(2, 8, dtype=torch.bool)):
+    for prompt in (None, torch.zeros(3, 8, dtype=torch.bool)):
         torch.testing.assert_close(flow_matching_loss(dit, z0, z1, t, prompt), wanted)
+    for ends in (torch.tensor([0.0, 0.5, 1.0]), torch.tensor([[0.0, 1.0], [1.0, 0.2], [0.5, 0.0]])):  # rows, blocks
+        torch.testing.assert_close(flow_matching_loss(dit, z0, z1, ends), velocity_error(dit, z0, z1, ends).mean())
 
 
 def test_simulated_prompts_are_proper_prefixes_of_blocks():
@@ -624,7 +626,7 @@ def test_a_code_is_drawn_by_its_weight(t, scale):
     book.logits.bias.data.copy_(torch.tensor([0.0, 1.0, -0.5]))
     z, x = torch.tensor([[[0.3, 0.4]]]).expand(1, n, 2), torch.ones(1, n, 8)
     v, log_w = book(x, z, torch.tensor([[[t]]]))
-    uniform = ((torch.arange(n) + 0.5) / n)[None, :, None]
+    uniform = ((torch.arange(n) + 0.5) / n)[None]
     drawn = book.draw(v, log_w, z, t, scale, uniform)
     if scale == 1:
         torch.testing.assert_close(drawn.mean(1), v[:, 0], atol=2e-3, rtol=0)
@@ -635,6 +637,11 @@ def test_a_code_is_drawn_by_its_weight(t, scale):
     wanted = ((t - (1 - t) * 0.04) * z[0, :1] - t * book.codes) / r  # that of a mixture of one code; at t = 1, z - e
     distance, which = torch.cdist(drawn[0], wanted).min(-1)
     assert distance.max() < 1e-4 and which.unique().tolist() == [0, 1, 2]
+
+
+def test_the_marginal_keeps_its_digits_with_weights_in_bf16():
+    book, z = codebook().bfloat16(), torch.tensor([[[0.9, 0.1], [0.2, -0.3]]])
+    torch.testing.assert_close(book.marginal(z, 0.15), book.marginal(z, torch.tensor([[[0.15]]])))
 
 
 def test_codes_are_found_in_latents():

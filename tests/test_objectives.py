@@ -17,6 +17,7 @@ import common
 import train_prior
 import train_vae
 import training
+from chat import PROMPT, RESPONSE
 from flow import flow_matching_loss
 from options import PriorOptions, VAEOptions
 
@@ -125,16 +126,25 @@ def test_codes_count_in_training_alone():
         torch.testing.assert_close(loss, wanted)
 
 
-def test_the_number_of_latents_with_loss_is_the_one_expected(monkeypatch):
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_the_number_of_latents_with_loss_is_the_one_expected(is_chat, monkeypatch):
     vae, dit, idx = small_vae().requires_grad_(False), small_dit(), tokens().repeat(20, 1)
-    changes = dict(prompt_prob=0.0, block_size=(BLOCK,), stagger=(0.25, 1.0), block_times=False)  # a stagger needs them
+    changes = dict(prompt_prob=0.8, block_size=(BLOCK,), stagger=(0.25, 1.0), block_times=False)  # a stagger needs them
+    answer_len = 0.0
+    if is_chat:  # answers that begin anywhere
+        changes["chat"], answer_len = ("some.jsonl",), float(BLOCK)
+        begin = torch.randint(1, L - BLOCK, (len(idx), 1), generator=torch.Generator().manual_seed(1))
+        is_answer = (torch.arange(L) >= begin) & (torch.arange(L) < begin + BLOCK)
+        idx = torch.stack([idx, torch.where(is_answer, RESPONSE, PROMPT)], dim=1)
     o = PriorOptions(**PRIOR | changes)
-    objective, counts = train_prior.PriorObjective(o, torch.nn.ModuleDict(dict(dit=dit)), vae).train(), {}
+    objective = train_prior.PriorObjective(o, torch.nn.ModuleDict(dict(dit=dit)), vae, answer_len).train()
+    counts = {}
 
     def loss(dit, z0, z1, t, prompt, valid, block_size, code_weight, count):
         blocks = t.view(-1, BLOCK)
-        waits = (blocks == 1).any(1).sum()  # one of those that wait carries loss
-        counts.setdefault(count, []).append(((blocks > 0) & (blocks < 1)).sum() + waits)
+        waits = blocks == 1
+        with_loss = ((blocks > 0) & ~waits) | (waits & (waits.cumsum(1) == 1))  # one of those that wait
+        counts.setdefault(count, []).append((with_loss & ~prompt.view(-1, BLOCK)).sum())
         return z0.sum()
 
     monkeypatch.setattr(train_prior, "flow_matching_loss", loss)

@@ -396,10 +396,12 @@ def test_latents_count_the_same_however_a_batch_is_cut():
         torch.testing.assert_close(mean, whole)
 
 
-@pytest.mark.parametrize("log_snr, n_warnings", [(0.4, 1), (0.6, 0)])
-def test_latents_that_drown_in_their_noise_are_reported(text, tmp_path, monkeypatch, capsys, log_snr, n_warnings):
+@pytest.mark.parametrize("log_snr, n_warnings, often", [(0.4, 1, 1), (0.4, 1, 12), (0.6, 0, 1)])
+def test_latents_that_drown_in_noise_are_reported(text, tmp_path, monkeypatch, capsys, log_snr, n_warnings, often):
+    """Once, however often the log is written between evaluations."""
     monkeypatch.setattr(Posterior, "log_snr", lambda self: torch.tensor(log_snr))
-    arguments = f"--data {text} --vocab-size 300 {VAE_SIZE} {COMMON} --steps 4 --eval-every 1 --warmup 1"
+    steps = f"--steps {2 * often} --eval-every {often} --warmup 1"
+    arguments = f"--data {text} --vocab-size 300 {VAE_SIZE} {COMMON} {steps}"
     call(train_vae.main, arguments, monkeypatch, tmp_path)
     output = capsys.readouterr().out
     assert output.count("warning: the noise of the latents drowns them (log_snr 0.40): lower") == n_warnings
@@ -753,7 +755,7 @@ def test_a_warm_up_as_long_as_the_run_is_reported(trained, capsys, monkeypatch, 
     shutil.copytree(trained / "runs" / "vae", tmp_path / "out")
     for steps, expected in ((7, True), (31, False)):
         call(train_vae.main, f"--resume --out out --steps {steps}", monkeypatch, tmp_path)
-        message = "warning: the learning rate never reaches --lr 0.002: --warmup 30 is as long as the run"
+        message = "warning: the learning rate still rises to --lr 0.002 at the end: --warmup 30 is as long"
         assert (message in capsys.readouterr().out) == expected
 
 
