@@ -57,8 +57,8 @@ def flow_matching_loss(dit, z0, z1, t, prompt=None, valid=None, block_size=None,
     """L_FM of all blocks in one pass (stage 2, Eq. 3.7).
 
     z0 (B, n, d) clean latents; z1 (B, n, d) noise; t: a time for every row (B,), block (B, n_blocks) or latent (B, n).
-    Of latents with times of their own, those at 0 have arrived and those at 1 wait: they carry no loss, except the
-    first of a block that waits, since its first step begins there.
+    Latents with times of their own that are at 0 have arrived, and carry no loss; those at 1 wait, and learn what can be
+    known before their turn.
     prompt: bool (B, n), latents that stay clean; valid: bool (B, n), False on padding: no loss there, either.
     block_size: latents per block, default that of the dit's configuration.
     Returns the mean squared velocity error per channel, a scalar, plus the following.
@@ -72,12 +72,10 @@ def flow_matching_loss(dit, z0, z1, t, prompt=None, valid=None, block_size=None,
 
     No condition is ever dropped for guidance: the first block of every row has no history, and trains the unconditional
     velocity."""
-    n, block_size = z0.shape[1], block_size or dit.config.block_size
     is_clean = torch.zeros_like(z0[..., 0], dtype=torch.bool) if prompt is None else prompt
     counts = ~is_clean if valid is None else valid & ~is_clean
-    if t.shape == (len(t), n):  # a time for every latent
-        opens = torch.arange(n, device=t.device) % block_size == 0
-        is_clean, counts = is_clean | (t == 0), counts & (t > 0) & ((t < 1) | opens | (t.roll(1, 1) < 1))
+    if t.shape == z0.shape[:2]:  # a time for every latent
+        is_clean, counts = is_clean | (t == 0), counts & (t > 0)
     error = velocity_error(dit, z0, z1, t, is_clean, block_size, code_weight)
     return (error * counts).sum() / (counts.sum().clamp(min=1) if count is None else count)
 

@@ -74,12 +74,11 @@ class PriorObjective(nn.Module):
             count, share = B * self.answer_len, 0.0
         else:
             prompt, valid = simulated_prompts(B, n, block_size, o.prompt_prob, generator, z0.device), None
-            count, share = B * n, o.prompt_prob * (block_size > 1)  # of blocks with a prompt, half a block in the mean
-
-        def with_loss(k):  # of the first k latents of a block, the mean: those on their way, and the first that waits
-            return (k * (1 + stagger) - stagger) / (1 + stagger * (block_size - 1))
-
-        count *= (with_loss(block_size) - share * with_loss(block_size / 2)) / block_size  # the number to be expected
+            count, share = B * n, o.prompt_prob * (block_size > 1)  # of blocks with a prompt
+        # The number of latents with loss to be expected: less those that have arrived, and those of prompts that have
+        # not, half a block if there is no stagger.
+        length = 1 + stagger * (block_size - 1)  # as in `staggered`
+        count *= 1 - (1 - 1 / length) / 2 - share * (1 / 2 - stagger * (2 * block_size - 1) / 6 / length)
         code_weight = CODE_WEIGHT if self.training and o.n_codes else 0.0
         count = count if self.training else None
         fm = flow_matching_loss(dit, z0, z1, t, prompt, valid, block_size, code_weight, count)

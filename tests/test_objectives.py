@@ -142,9 +142,7 @@ def test_the_number_of_latents_with_loss_is_the_one_expected(is_chat, monkeypatc
 
     def loss(dit, z0, z1, t, prompt, valid, block_size, code_weight, count):
         blocks = t.view(-1, BLOCK)
-        waits = blocks == 1
-        with_loss = ((blocks > 0) & ~waits) | (waits & (waits.cumsum(1) == 1))  # one of those that wait
-        counts.setdefault(count, []).append((with_loss & ~prompt.view(-1, BLOCK)).sum())
+        counts.setdefault(count, []).append(((blocks > 0) & ~prompt.view(-1, BLOCK)).sum())
         return z0.sum()
 
     monkeypatch.setattr(train_prior, "flow_matching_loss", loss)
