@@ -62,7 +62,8 @@ def run_script(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, OSError, RecursionError) as error:
-        fail(error)
+        missing = isinstance(error, FileNotFoundError) and error.filename
+        fail(f"{missing} does not exist" if missing else error)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("out of memory|allocate|overflow", str(error)):
             wait_for_the_first_to_report()

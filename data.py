@@ -42,13 +42,14 @@ PIECE = 1 << 16  # characters; longer documents are cut at line ends, and each p
 SUFFIXES = (".txt", ".md", ".jsonl")  # that folders are searched for
 
 
-def documents(source, separator=""):
+def documents(source, separator="", warn=True):
     """Yield the documents of a corpus: source is a list of files, of folders, and of "names", a text that comes with
     Python (`unicode_names`).
 
     .jsonl files hold one {"text": ...} a line, in which half a surrogate pair becomes U+FFFD; every other file is UTF-8
     text, whose documents are separated by lines that hold nothing but the separator, so by blank lines if that is
-    empty.  Nothing is held in memory but the current piece.  Other files of a folder than SUFFIXES are named on stderr.
+    empty.  Nothing is held in memory but the current piece.  Other files of a folder than SUFFIXES are named on stderr,
+    unless warn is False.
     Raises ValueError or FileNotFoundError for what cannot be read."""
     for name in source:
         if name in BUILT_IN:
@@ -63,7 +64,7 @@ def documents(source, separator=""):
             raise FileNotFoundError(f"{path} does not exist")
         found = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
         files = [f for f in found if f.suffix.lower() in SUFFIXES] if path.is_dir() else found
-        if others := [f.name for f in found if f not in files]:
+        if warn and (others := [f.name for f in found if path.is_dir() and f.suffix.lower() not in SUFFIXES]):
             some = ", ".join(others[:5]) + f" and {len(others) - 5:,} more" * (len(others) > 5)
             print(f"warning: in {path} only {', '.join(SUFFIXES)} are read, not {some}", file=sys.stderr)
         if not files:
@@ -505,7 +506,7 @@ HELD_OUT = 0.05  # share of the documents that no training step sees
 TOKENIZER_SAMPLE = 1 << 23  # characters that a new tokenizer is trained on
 
 
-def prepare(source, encoding, folder, batch_size=1, seq_len=1, separator=""):
+def prepare(source, tokenizer, folder, batch_size=1, seq_len=1, separator=""):
     """Write folder/train.bin, val.bin, tokenizer.json and its hash; the corpus streams through, whatever its size.
 
     Documents are held out by a hash of their text, so the same text always falls on the same side.  Raises ValueError,
@@ -515,7 +516,7 @@ def prepare(source, encoding, folder, batch_size=1, seq_len=1, separator=""):
         with open(train, "wb") as train_file, open(val, "wb") as val_file:
             for text in documents(source, separator):
                 if text.strip():
-                    ids = np.array(encoding.encode_ordinary(text) + [encoding.eot_token], dtype=np.uint32)
+                    ids = np.array(tokenizer.encode_ordinary(text) + [tokenizer.eot_token], dtype=np.uint32)
                     held_out = zlib.crc32(text.encode("utf-8", errors="replace")) < HELD_OUT * 2**32
                     ids.tofile(val_file if held_out else train_file)
                     counts[held_out] += 1
@@ -528,18 +529,19 @@ def prepare(source, encoding, folder, batch_size=1, seq_len=1, separator=""):
             n_val = wanted
         check_length(n - n_val, n_val, batch_size, seq_len)
         print(f"{sum(counts):,} documents")
-        if encoding.eot_token not in np.memmap(train, dtype=np.uint32, mode="r")[: 1 << 24]:
+        if tokenizer.eot_token not in np.memmap(train, dtype=np.uint32, mode="r")[: 1 << 24]:
             advice = "separate documents by blank lines, or choose a --separator with data.py"
             print(f"warning: the training text holds no end of a document: {advice}", file=sys.stderr)
-        save_tokenizer(encoding, folder / "tokenizer.json")
+        save_tokenizer(tokenizer, folder / "tokenizer.json")
         with replacing(folder / "tokenizer.sha256") as temporary:
             temporary.write_text(f"{file_hash(folder / 'tokenizer.json')}  tokenizer.json\n")  # for sha256sum -c
     return open_tokens(folder)
 
 
 def make_tokenizer(name, vocab_size, source):
-    """"bpe": one of vocab_size ids, trained on the first 8 MB of the corpus; any other name: see `load_tokenizer`."""
-    return train_bpe(first(documents(source)), vocab_size) if name == "bpe" else load_tokenizer(name)
+    """One of vocab_size ids, trained on the first 8 million characters of the corpus, if the name is "bpe"; any other
+    name: see `load_tokenizer`."""
+    return train_bpe(first(documents(source, warn=False)), vocab_size) if name == "bpe" else load_tokenizer(name)
 
 
 def first(texts):
@@ -639,11 +641,11 @@ def micro_batch_size(batch_size, micro_batch, devices):
 
 def check_length(n_train, n_val, batch_size, seq_len):
     """Raises ValueError if a text of so many tokens cannot fill one batch."""
-    for name, have, need in [("train", n_train, batch_size * seq_len), ("val", n_val, seq_len)]:
+    for name, have, need in [("training", n_train, batch_size * seq_len), ("held-out", n_val, seq_len)]:
         if have < need:
             length = min(seq_len, 1 << (min(n_train, n_val) or 1).bit_length() - 1)
             fits = f"--batch-size {min(batch_size, max(n_train // length, 1))} --seq-len {length}"
-            raise ValueError(f"the {name} split has {have} tokens, a batch takes {need}: use more text, or {fits}")
+            raise ValueError(f"the {name} text has {have} tokens, a batch takes {need}: use more text, or {fits}")
 
 
 def random_batch(tokens, batch_size, seq_len, seed, step):

@@ -57,8 +57,8 @@ def flow_matching_loss(dit, z0, z1, t, prompt=None, valid=None, block_size=None,
     """L_FM of all blocks in one pass (stage 2, Eq. 3.7).
 
     z0 (B, n, d) clean latents; z1 (B, n, d) noise; t: a time for every row (B,), block (B, n_blocks) or latent (B, n).
-    Latents with times of their own that are at 0 have arrived, and carry no loss; those at 1 wait, and learn what can be
-    known before their turn.
+    Latents with times of their own that are at 0 have arrived, and carry no loss; those at 1 wait, and learn what can
+    be known before their turn.
     prompt: bool (B, n), latents that stay clean; valid: bool (B, n), False on padding: no loss there, either.
     block_size: latents per block, default that of the dit's configuration.
     Returns the mean squared velocity error per channel, a scalar, plus the following.
@@ -201,7 +201,7 @@ def solve(velocity, z, times, solver="euler", eta=0.0, noise=None, watch=None):
         if solver == "heun":
             v = (v + velocity(z + dt * v, following)) / 2
         if eta > 0:
-            z0, z1 = z - t * v, z + (1 - t) * v  # where v leads, and whence
+            z0, z1 = z - t * v, z + (1 - t) * v  # the data and the noise of this velocity
             kept = (1 - t) / t * following / (1 - following)  # signal/noise now over that of the next time, below 1
             fresh = eta * (1 - kept**2) ** 0.5
             new = noise() if noise else torch.randn_like(z)

@@ -65,9 +65,12 @@ def main():
     settings = o.settings() | o.own_ids(model.tokenizer) | ({} if o.stop_at_eos else dict(eos_id=None))
     prompts = [prompt for prompt in o.prompt for _ in range(o.num_samples)]
     settings["special_tokens"] = o.special_tokens
-    longest = max(map(len, prompt_ids(model.tokenizer, o.prompt, o.special_tokens)))
-    if longest > (trained := saved_options(folder).get("seq_len", longest)) and rank() == 0:
+    longest, of_run = max(map(len, prompt_ids(model.tokenizer, o.prompt, o.special_tokens))), saved_options(folder)
+    if longest > (trained := of_run.get("seq_len", longest)) and rank() == 0:
         print(f"prompt of {longest} tokens, training had {trained}: the text may get worse", file=sys.stderr)
+    if o.block_size and o.block_size not in (sizes := of_run.get("block_size", [o.block_size])) and rank() == 0:
+        sizes = ", ".join(map(str, sorted(set(sizes))))
+        print(f"blocks of {o.block_size}, training had {sizes}: the text may get worse", file=sys.stderr)
     if o.show_steps:
         if len(prompts) != 1:
             raise ValueError("--show-steps shows one sample: add --num-samples 1")

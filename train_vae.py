@@ -125,7 +125,8 @@ def main():
     accuracy = sum(token_accuracy(vae, part) * len(part) for part in parts) / sum(map(len, parts))
     print(f"reconstruction: {100 * accuracy:.2f} % of {sum(p.numel() for p in parts):,} held-out tokens{run.chosen()}")
     text = "" if data.is_prepared(run.folder / "data") else f" --data {o.data[0]}"
-    print(f"the VAE is in {run.folder}; next: python train_prior.py --vae {run.folder}{text}")
+    init = "" if o.vae_part == "all" else f" --init {o.init}"  # the latents are the same: the old prior fits
+    print(f"the VAE is in {run.folder}; next: python train_prior.py{init} --vae {run.folder}{text}")
 
 
 if __name__ == "__main__":

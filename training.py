@@ -445,10 +445,14 @@ def saved_options(folder):
 
 
 def own_data(folder):
-    """The token files that the model in a folder was trained on, as far as its run tells; else those of runs/vae."""
+    """The token files that the model in a folder was trained on, as far as its run tells; else those of runs/vae.
+    Raises FileNotFoundError if there are none."""
     options = saved_options(folder)
     named = [*options.get("data", ()), f"{options.get('vae', 'runs/vae')}/data"]
-    return next((str(f) for f in [Path(folder) / "data", *map(Path, named)] if data.is_prepared(f)), "runs/vae/data")
+    for place in [Path(folder) / "data", *map(Path, named)]:
+        if data.is_prepared(place):
+            return str(place)
+    raise FileNotFoundError(f"the token files that {folder} was trained on are not here: name some with --data")
 
 
 @contextmanager

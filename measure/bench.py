@@ -112,7 +112,7 @@ class Options:
     steps: int = option(16, "generation: steps of the solver", low=1)
     cfg_scale: float = option(3.0, "generation: guidance", low=0.0)
     compile: bool = option(False, "compile the blocks in training and a step of generation (on CUDA as a CUDA graph)")
-    slow: bool = option(True, "measure the slow way, too")
+    slow: bool = option(True, "measure the plain way, too")
     growth: bool = option(True, "measure how times grow with length, batch, steps and guidance")
     repeats: int = option(5, "measurements behind each median", low=1)
     out: str = option("bench.json", "file of the figures")
@@ -120,7 +120,7 @@ class Options:
     seed: int = option(0, "seed of weights and noise", low=0)
 
 
-SLOW_ROWS = 8  # more take too long the slow way
+SLOW_ROWS = 8  # more take too long the plain way
 
 
 class Table:
@@ -237,17 +237,17 @@ def training(o, model, device, table, rate):
         table.add(f"stage 2 step, {B} x {L}: {name} alone", ms=1e3 * alone, share_of_step=alone / fast)
     if o.slow:
         made = stage2(L, B, reference.flow_matching_loss)
-        slow = measure(f"stage 2 step, {B} x {L}, slow way", made, B * L)
+        slow = measure(f"stage 2 step, {B} x {L}, plain way", made, B * L)
         if fast and slow:
             losses = dict(loss=stage2(L, B)[0](), slow_loss=made[0]())
-            table.add("stage 2 step: gain over the slow way", ratio=slow / fast, **losses)
+            table.add("stage 2 step: gain over the plain way", ratio=slow / fast, **losses)
     if o.growth:
         for factor in (2, 4):
             measure(f"stage 2 step, {factor * B} x {L}", stage2(L, factor * B), factor * B * L)
             measure(f"stage 2 step, {B} x {factor * L}", stage2(factor * L, B), factor * B * L)
         if o.slow:
             made = stage2(L, 2 * B, reference.flow_matching_loss)
-            measure(f"stage 2 step, {2 * B} x {L}, slow way", made, 2 * B * L)
+            measure(f"stage 2 step, {2 * B} x {L}, plain way", made, 2 * B * L)
 
 
 @torch.no_grad()
@@ -295,12 +295,12 @@ def generation(o, model, device, table, rate, bandwidth, label):
         def slow_run():
             return reference.generate(model, noise.transpose(0, 1).flatten(1, 2), o.steps, o.cfg_scale)[0]  # noqa: B023
 
-        name = f"generation, {rows} rows, {label}, slow way"
+        name = f"generation, {rows} rows, {label}, plain way"
         if slow := median_time(name, slow_run, device, 1):
             table.add(name, ms=1e3 * slow)
         if fast and slow:
             values = dict(ratio=slow / fast, difference=(run(rows, noise=noise) - slow_run()).abs().mean().item())
-            table.add(f"generation, {rows} rows, {label}: gain over the slow way", **values)
+            table.add(f"generation, {rows} rows, {label}: gain over the plain way", **values)
     if o.growth:
         for rows, steps in product(o.rows, (4, 8)):
             measure(f"generation, {rows} rows, {label}, blocks of {c.block_size}, {steps} steps", rows, steps=steps)
@@ -312,7 +312,7 @@ def generation(o, model, device, table, rate, bandwidth, label):
 
 @torch.no_grad()
 def savings(o, model, device, table, label):
-    """Each part of the slow way alone, over what takes its place: for one step in the last block of SLOW_ROWS rows."""
+    """Each part of the plain way alone, over what takes its place: for one step in the last block of SLOW_ROWS rows."""
     dit, c, B = model.dit, model.dit.config, SLOW_ROWS
     n, K, dtype = c.block_size, o.new_tokens, dit.txt_in.proj.weight.dtype
     t, every_t = torch.ones(1, device=device), torch.ones(B * n, device=device)

@@ -343,7 +343,7 @@ def names_of(text):
     names = list(TASKS) if text == "all" else [name.strip() for name in text.split(",")]
     for name in names:
         if name not in TASKS:
-            raise ValueError(f"there is no task {name!r}: choose among {', '.join(TASKS)}")
+            raise ValueError(f"there is no task {name!r}: choose among {', '.join(TASKS)} (--tasks)")
     return names
 
 

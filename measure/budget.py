@@ -175,6 +175,8 @@ def main():
         o.vae = o.init if o.init and "vae" not in given else o.vae
         vae = VAEConfig() if o.preset == "2b" and not given & {"vae", "init"} else load_vae_config(o.vae)
         report(o, vae, load_dit_config(o.init) if o.init else train_prior.dit_config(o, vae))
+    elif stage in ("-h", "--help"):
+        print(f"{__doc__}\nThe options: python -m measure.budget prior --help")
     else:
         fail("name the stage: python -m measure.budget vae, or prior, then its options")
 

@@ -439,6 +439,7 @@ class Options(TextOptions):  # of which dtype, pad_id and eos_id are for benchma
     plot: bool = option(False, "write figures as PNG; needs matplotlib")
     # benchmarks
     tasks: str = option("", f"benchmarks: {','.join(benchmarks.TASKS)}, or all; with --score, the task of the files")
+    max_new_tokens: int = option(32, "benchmarks: at most so many new tokens; the sampler is the released one", low=1)
     task_data: str = option("benchmarks", "folder of task.jsonl files")
     rank: bool = option(False, "choose the likeliest of the choices instead of generating")
     rank_time: float = option(0.0, "with --rank: when the decoder reads (likelihood.log_weights)", low=0.0, high=0.99)
@@ -511,9 +512,9 @@ def main():
 
 
 def run_tasks(model, jobs, o, given):
-    """The benchmarks, with 32 new tokens and the released sampler unless the command line says otherwise."""
-    released = asdict(replace(RELEASED, max_new_tokens=32))
-    paper = {name: released[name] for name in ("max_new_tokens", "cfg_scale", "grid", "eta") if name not in given}
+    """The benchmarks, with the released sampler unless the command line says otherwise."""
+    released = asdict(RELEASED)
+    paper = {name: released[name] for name in ("cfg_scale", "grid", "eta") if name not in given}
     settings, ranking = o.settings() | paper | o.own_ids(model.tokenizer), None
     if o.rank:
         n_samples = o.samples if "samples" in given else 1  # with one, what belongs to the prompt cancels

@@ -60,11 +60,11 @@ def test_what_to_compare_with_must_be_a_file_of_figures(tmp_path, content):
         bench.times_of(tmp_path / "before.json")
 
 
-def test_the_slow_way_gives_the_same_numbers(tmp_path, monkeypatch):
+def test_the_plain_way_gives_the_same_numbers(tmp_path, monkeypatch):
     size = "--seq-len 32 --batch-size 2 --new-tokens 32 --rows 2 --steps 2 --repeats 1 --precision fp32 --device cpu"
     call(bench.main, f"{size} --no-growth", monkeypatch, tmp_path)
     figures = bench.json.loads((tmp_path / "bench.json").read_text())["figures"]
-    training = figures["stage 2 step: gain over the slow way"]
+    training = figures["stage 2 step: gain over the plain way"]
     assert training["loss"] == pytest.approx(training["slow_loss"], rel=1e-5) and training["ratio"] > 0
-    assert figures["generation, 2 rows, fp32: gain over the slow way"]["difference"] < 1e-5
+    assert figures["generation, 2 rows, fp32: gain over the plain way"]["difference"] < 1e-5
     assert all(value > 0 for values in figures.values() for key, value in values.items() if key != "difference")

@@ -349,6 +349,7 @@ def test_documents_of_a_text_are_separated(tmp_path, capsys):
     (tmp_path / "b.gz").write_bytes(b"\xff")
     assert list(data.documents([tmp_path])) == ["one\ntwo\n", "three\n***\nfour"]
     assert "only .txt, .md, .jsonl are read, not b.gz" in capsys.readouterr().err
+    assert len(list(data.documents([tmp_path], warn=False))) == 2 and not capsys.readouterr().err
     assert list(data.documents([tmp_path / "A.TXT"], "***")) == ["one\ntwo\n\n \nthree\n", "four"]
     (tmp_path / "many.txt").write_text("\n\n".join(f"text {i}" for i in range(100)))
     corpus = prepare([tmp_path / "many.txt"], 258, tmp_path / "many")

@@ -362,7 +362,7 @@ def test_scores_that_are_not_finite_are_an_error(trained, tmp_path, monkeypatch)
         ("--sections everything", "unknown section everything"),
         ("--read-times 1.5", "--read-times 1.5 is out of range"),
         ("--seq-len 30", "--seq-len 30 must be a multiple of block_size"),
-        ("--seq-len 4000000", "split has"),
+        ("--seq-len 4000000", "text has"),
     ],
 )
 def test_mistakes(trained, text, tmp_path, monkeypatch, capsys, arguments, message):

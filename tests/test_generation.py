@@ -770,10 +770,15 @@ def test_what_sample_hands_on(trained, monkeypatch, capsys):
     ]
 
 
-def test_prompts_longer_than_in_training(trained, monkeypatch, capsys):
-    start = "--model runs/cola --device cpu --steps 1 --max-new-tokens 1 --num-samples 1 --prompt"
-    for prompt, wanted in [("x" * 33, "prompt of 33 tokens, training had 32"), ("x" * 32, "")]:
-        call(sample.main, f"{start} {prompt}", monkeypatch, trained)
+def test_what_training_had_not_is_reported(trained, monkeypatch, capsys):
+    start = "--model runs/cola --device cpu --steps 1 --max-new-tokens 1 --num-samples 1"
+    for more, wanted in [
+        (f"--prompt {'x' * 33}", "prompt of 33 tokens, training had 32"),
+        (f"--prompt {'x' * 32}", ""),
+        ("--block-size 8", "blocks of 8, training had 1, 2, 4"),
+        ("--block-size 2", ""),
+    ]:
+        call(sample.main, f"{start} {more}", monkeypatch, trained)
         err = capsys.readouterr().err
         assert err.startswith(wanted) and err.count("\n") == bool(wanted)
 

@@ -285,11 +285,12 @@ def test_what_contradicts_the_model_to_start_from(trained, text, tmp_path, monke
 
 
 @pytest.mark.parametrize("part", ["decoder", "final_layer"])
-def test_a_part_of_the_vae_is_trained(trained, text, tmp_path, monkeypatch, part):
+def test_a_part_of_the_vae_is_trained(trained, text, tmp_path, monkeypatch, capsys, part):
     """The encoder stays as it is, so the prior that belongs to it fits."""
     source, prefix = trained / "runs" / "cola", train_vae.PARTS[part]
     start = f"--init {source} --vae-part {part} --data {text} {COMMON} --steps 3 --warmup 0 --out out"
     call(train_vae.main, start, monkeypatch, tmp_path)
+    assert f"next: python train_prior.py --init {source} --vae out" in capsys.readouterr().out
     before, after = weights(source, "cola_vae"), weights(tmp_path / "out", "cola_vae")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(name.startswith(prefix) for name in changed)
@@ -336,6 +337,9 @@ def test_a_model_knows_the_text_it_was_trained_on(trained, tmp_path, monkeypatch
     assert [training.own_data(folder) for folder in ("runs/vae", "runs/cola", "elsewhere")] == ["runs/vae/data"] * 3
     shutil.copytree(trained / "runs" / "vae" / "data", tmp_path / "own" / "data")
     assert training.own_data(tmp_path / "own") == str(tmp_path / "own" / "data")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="elsewhere was trained on are not here: name some with --data"):
+        training.own_data("elsewhere")
 
 
 def test_resuming_needs_the_same_text(trained, text, tmp_path, monkeypatch):
@@ -483,7 +487,7 @@ def test_help_lists_every_option_with_its_default(script, tmp_path):
         ("train_vae.py", "--stepz 5", "unrecognized arguments: --stepz"),
         ("train_vae.py", "--mask-ratio 1.5", "it must be between 0.0 and 1.0"),
         ("train_vae.py", "--data nowhere.txt", "nowhere.txt does not exist"),
-        ("train_vae.py", "--data {text} --batch-size 4096", "the train split has"),
+        ("train_vae.py", "--data {text} --batch-size 4096", "the training text has"),
         ("train_vae.py", "--data {text} --device nonsense", "device nonsense is not available"),
         ("train_vae.py", "--out {trained}/runs/vae", "runs/vae already holds files: add --resume"),
         ("train_vae.py", "--out {text} --data {text}", "already holds files"),
@@ -516,6 +520,7 @@ def test_help_lists_every_option_with_its_default(script, tmp_path):
         ("measure.judge", "--model {trained}/runs/cola --data {text}/tokens", "the text was tokenized differently"),
         ("measure.judge", "--data {trained}/runs/vae/data --texts {text}/empty.txt", "empty.txt holds no text"),
         ("data.py", "--data {text}/none", "none does not exist"),
+        ("train_prior.py", "--init {trained}/runs/cola --chat nofile.jsonl", "error: nofile.jsonl does not exist"),
         ("data.py", "--out {text}/tokens", "already holds files"),
         ("data.py", "--tokenizer nonsense", "nonsense is neither a tokenizer.json nor one of"),
     ],
