@@ -62,9 +62,11 @@ def documents(source, separator="", warn=True):
             raise ValueError("the name of a text is empty")
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist")
-        found = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
-        files = [f for f in found if f.suffix.lower() in SUFFIXES] if path.is_dir() else found
-        if warn and (others := [f.name for f in found if path.is_dir() and f.suffix.lower() not in SUFFIXES]):
+        files, others = [], []
+        for file in sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]:
+            known = file == path or file.suffix.lower() in SUFFIXES
+            files.append(file) if known else others.append(file.name)
+        if warn and others:
             some = ", ".join(others[:5]) + f" and {len(others) - 5:,} more" * (len(others) > 5)
             print(f"warning: in {path} only {', '.join(SUFFIXES)} are read, not {some}", file=sys.stderr)
         if not files:

@@ -81,6 +81,11 @@ def test_one_batch_is_learned_until_sampling_gives_it_back():
 # The scripts, run as a user runs them
 
 
+def test_several_samples_of_a_jointly_trained_model(trained, monkeypatch, capsys):
+    call(sample.main, "--num-samples 3 --max-new-tokens 8 --steps 2 --model runs/joint", monkeypatch, trained)
+    assert capsys.readouterr().out.count("--- sample") == 3
+
+
 def test_a_block_is_shown_as_it_forms(trained):
     """A line for every step; the last of each block is what comes out, whatever the block size."""
     start = "--prompt Line --num-samples 1 --max-new-tokens 8 --steps 3 --block-size 2 --no-stop-at-eos"
