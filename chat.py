@@ -25,7 +25,7 @@ import torch
 
 from cola import ColaDLM
 from common import pick_device, run_script, sampling_precision
-from data import EVAL_SEQUENCES, HELD_OUT, Writer, decode_bytes, end_ids, numbered_objects
+from data import EVAL_SEQUENCES, HELD_OUT, TextStream, decode_bytes, end_ids, numbered_objects
 from options import TextOptions, option, parse_options
 from training import saved_options
 
@@ -124,17 +124,17 @@ class Options(TextOptions):
 def answer(model, state, text, stop, settings):
     """Yield the pieces of the answer to a text; `state`, of `ColaDLM.prefill`, keeps the conversation, as far as it was
     shown.  settings: of `ColaDLM.generate_blocks`.  Raises ValueError if the state has no room for it."""
-    writer, written, shown = Writer(model.tokenizer, settings["eos_id"], settings["max_new_tokens"]), "", 0
+    stream, written, shown = TextStream(model.tokenizer), "", 0
     ids, told = model.tokenizer.encode_ordinary(question(text)), state.text[0]
     if told and told[-1] not in end_ids(settings["eos_id"]):  # the last answer was cut; in training each has its end
         ids = [model.tokenizer.eot_token, *ids]
     begin = len(told) + len(ids)
     for block in model.generate_blocks([ids], state=state, **settings):
-        written += writer.write(block.new[0], block.last)
+        written += stream.write(block.new[0], block.last)
         ends = [written.index(s) for s in stop if s and s in written]
         # What might be the beginning of a stop text waits for the next block.
         tails = [n for s in stop for n in range(1, len(s)) if written.endswith(s[:n])]
-        end = min(ends) if ends else len(written) - (0 if writer.done else max(tails, default=0))
+        end = min(ends) if ends else len(written) - (0 if block.last else max(tails, default=0))
         yield written[shown:end]
         shown = max(shown, end)
         if ends:  # tokens of this block that were not shown are no history

@@ -8,8 +8,7 @@ and one pass of the decoder, whatever its number of tokens.
 """
 
 import math
-import numbers
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -18,16 +17,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import Writer, check_ids, end_ids, pad_rows, prompt_ids, save_tokenizer
+from data import TextStream, check_ids, end_ids, pad_rows, prompt_ids, save_tokenizer
 from dit import CLEAN, NOISY
-from extras.draws import block_generators, normal, penalise, pick_tokens
-from flow import guide, solve, solver_times
-from options import SamplingOptions, check_range
+from extras.draws import Draws, penalise, pick_tokens
+from flow import solve, solver_times
+from options import RELEASED
 from released_format import find_tokenizer, load_dit, load_vae, save_dit, save_vae
-from transformer import KVCache
+from transformer import KVCache, make_layout
 
 PREFILL = 1024  # latents of a prompt that are read at a time
-RELEASED = SamplingOptions(grid="uniform", eta=0.0, cfg_scale=7.0)  # the defaults of the library
 
 
 class ColaDLM(nn.Module):
@@ -37,7 +35,7 @@ class ColaDLM(nn.Module):
         super().__init__()
         if vae.config.latent_dim != dit.config.latent_dim:
             channels = f"{vae.config.latent_dim} channels in the VAE and {dit.config.latent_dim} in the prior"
-            raise ValueError(f"the VAE and the prior do not fit together: a latent has {channels}")
+            raise ValueError(f"these models do not fit together: a latent has {channels}")
         self.vae, self.dit, self.tokenizer = vae, dit, tokenizer
 
     @property
@@ -47,8 +45,7 @@ class ColaDLM(nn.Module):
     @classmethod
     def from_pretrained(cls, folder, device="cpu", dtype=torch.float32, with_tokenizer=False):
         """Load a folder in the released format; with_tokenizer: only if there is a tokenizer.json.  Raises ValueError
-        or FileNotFoundError, in one line, for a missing or damaged file, an option this implementation does not have,
-        or tensors that are missing, extra or misshapen."""
+        or FileNotFoundError, in one line, for what is missing, damaged, not expected or not supported."""
         vae, dit = load_vae(folder, device, dtype), load_dit(folder, device, dtype)
         return cls(vae, dit, find_tokenizer(folder, vae.config.vocab_size, with_tokenizer)).eval()
 
@@ -63,33 +60,31 @@ class ColaDLM(nn.Module):
         """New tokens for every prompt: a list of id lists, with a str in place of each list whose prompt was a str.
 
         Takes the options of `stream`, which does the work."""
-        results = []
-        for pieces in self.stream(prompts, **options):
-            results = [old + new for old, new in zip(results, pieces, strict=True)] if results else pieces
-        return results
+        rows = zip(*self.stream(prompts, **options), strict=True)  # of each prompt, its pieces
+        return ["".join(row) if isinstance(row[0], str) else sum(row, []) for row in rows]
 
     def stream(self, prompts, max_new_tokens=64, eos_id=None, special_tokens=False, **options):
         """Generate block by block; after each block, yield the new tokens of every prompt (ids for ids, str for str).
 
         prompts: list of str or of lists of token ids, of any lengths.  An empty list asks for unconditional text; an
         empty str for a new document, after the end of another.
-        max_new_tokens: at most so many for each prompt.
-        eos_id: a row ends before this token, or before one of several; None: nothing ends it early.
+        max_new_tokens: at most so many for each prompt; eos_id: a row ends before this token, or before one of several.
         special_tokens: those written out in a str, such as <|endoftext|>, count as such; otherwise they are text.
         options: those of `generate_blocks`, which does the work.  Raises ValueError for options out of range, for ids
         outside the vocabulary, and for text without a tokenizer.
 
-        Where the released code surprises a user, this does not: it cuts at the end-of-text token if told which it is,
-        ends rows one by one, never counts prompt positions as new tokens, stops at max_new_tokens rather than at the
-        next full block, takes empty prompts, and makes no cache entry for a last block that nobody reads."""
+        Where the released code surprises a user, this does not: it ends rows one by one, at an end-of-text token that
+        it is told or at max_new_tokens rather than with a full block; positions of the prompt are not new; prompts may
+        be empty."""
         ids = prompt_ids(self.tokenizer, prompts, special_tokens)
         for prompt, row in zip(prompts, ids, strict=True):
             if isinstance(prompt, str) and not row:
                 row.append(self.tokenizer.eot_token)
-        writers = [Writer(self.tokenizer if isinstance(p, str) else None, eos_id, max_new_tokens) for p in prompts]
+        texts = [TextStream(self.tokenizer) if isinstance(prompt, str) else None for prompt in prompts]
         for block in self.generate_blocks(ids, max_new_tokens, eos_id, **options):
             new = dict(zip(block.rows, block.new, strict=True))
-            yield [writer.write(new.get(row, []), block.last) for row, writer in enumerate(writers)]
+            pieces = [(text, new.get(row, [])) for row, text in enumerate(texts)]
+            yield [piece if text is None else text.write(piece, block.last) for text, piece in pieces]
 
     @torch.no_grad()
     def generate_blocks(
@@ -103,36 +98,26 @@ class ColaDLM(nn.Module):
         finished leave the batch together, when they are a quarter of it.
         pad_id: fills the prompt's last block for the encoder (where, in the released model, it matters); default the
         last id of the vocabulary.
-        row_ids: which noise of the seed a row draws (`extras.draws`), whatever its batch; default 0, 1, 2, ...
+        row_ids: which noise of the seed a row draws, whatever its batch; default 0, 1, 2, ...
         noise: (n_blocks, B, block_size, d), where blocks begin, instead; generation ends with the last of them.
         state: of `prefill`, for one row: a text that `ids` continue.  It is moved on, and can be given again.
         watch(z, t, new): called after every step of the solver, with the latents (B, block_size, d), their mean time,
         and of each row the likeliest tokens, those of the prompt excepted.
-        options: of `options.SamplingOptions`, by default as in RELEASED.  Raises ValueError for one out of range, and
-        for the solver "draw" if the prior has no codes.
+        options: of `options.SamplingOptions`, by default those of RELEASED.  Raises ValueError for one out of range,
+        and for the solver "draw" if the prior has no codes.
 
         Kept as released, because the numbers depend on it: the decoder reads latents as the DiT left them, still
         shifted and scaled; and with patch_size 2 the second half of an odd prompt's last latent, which was encoded with
         padding there, is decoded like a new token (or, where it ends a block, passed over).
         """
-        options["max_new_tokens"] = max_new_tokens
-        o = replace(RELEASED, **{key: x.item() if hasattr(x, "item") else x for key, x in options.items()})  # of NumPy
-        check_range(SamplingOptions, asdict(o))
+        o = RELEASED.but(max_new_tokens=max_new_tokens, **options)
         if not ids:
             return
-        c, row_ids = self.vae.config, list(range(len(ids)) if row_ids is None else row_ids)
-        if len(row_ids) != len(ids) or not all(isinstance(i, numbers.Integral) and i >= 0 for i in row_ids):
-            raise ValueError(f"row_ids must be {len(ids)} integers from 0 on, one for each prompt, not {row_ids[:9]}")
-        block_size = o.block_size or self.dit.config.block_size
-        shape, chunk = (block_size, c.latent_dim), block_size * c.patch_size
+        c, block_size = self.vae.config, o.block_size or self.dit.config.block_size
+        draws = Draws(o.seed, row_ids, len(ids), (block_size, c.latent_dim), self.device, noise)
         left = [o.max_new_tokens] * len(ids)  # new tokens that each row still needs
         ends, state = end_ids(eos_id), self.prefill(ids, o.max_new_tokens, pad_id, block_size, state=state)
-        n_blocks = state.n_blocks
-        if noise is not None:
-            wanted, given = (len(ids), *shape), tuple(getattr(noise, "shape", ()))
-            if len(given) != 4 or given[0] == 0 or given[1:] != wanted:
-                raise ValueError(f"noise must be a tensor (n_blocks, *{wanted}), not {given}")
-            n_blocks = min(n_blocks, len(noise))
+        n_blocks = min(state.n_blocks, draws.n_blocks)
         times = solver_times(o.steps, o.grid, self.dit.config.t_loc, self.dit.config.t_scale, block_size, o.stagger)
         seen = torch.zeros(len(ids), c.vocab_size, dtype=torch.bool, device=self.device)  # predicted in earlier blocks
 
@@ -141,29 +126,22 @@ class ColaDLM(nn.Module):
 
         for b in range(n_blocks):
             # Noise to latents, given the history.
-            generators = block_generators(o.seed, [row_ids[row] for row in state.rows], b)
-            draw = partial(normal, shape, generators, self.device)
-            z1 = draw() if noise is None else torch.as_tensor(noise[b])[state.rows].to(self.device, torch.float32)
-            z = self.next_block(state, z1, times, o.guidance(block_size), o.solver, o.eta, draw, watch and tell)
+            z1, guidance = draws.begin(b, state.rows), o.guidance(block_size)
+            z = self.next_block(state, z1, times, guidance, o.solver, o.eta, draws.normal, watch and tell)
 
             # Latents to tokens, all of the block at once.
-            logits = self.vae.decode(z, state.vae_cache).float()  # (B, chunk, V)
-            if not logits.isfinite().all():
-                raise ValueError("the logits are not finite: the weights are damaged, or too large for this dtype")
-            if o.repetition_penalty != 1:
-                logits = penalise(logits, seen, o.repetition_penalty)
-            uniform = torch.stack([torch.rand(chunk, generator=g) for g in generators]).to(self.device)
-            tokens = pick_tokens(logits, uniform, o.temperature, o.top_k, o.top_p)  # (B, chunk)
+            logits = self.vae.decode(z, state.vae_cache).float()  # (B, L, V)
+            logits = penalise(logits, seen, o.repetition_penalty)
+            tokens = pick_tokens(logits, draws.uniform(logits.shape[1]), o.temperature, o.top_k, o.top_p)  # (B, L)
             seen.scatter_(1, tokens, True)
-            last = b == n_blocks - 1
-            new = state.new_tokens(tokens)
-            state.add(z, new, ends, left)
+            new = state.add(z, tokens, ends, left)
+            going = [i for i, row in enumerate(state.rows) if left[row] > 0]
+            last = b == n_blocks - 1 or not going
             yield Block(z, new, last, state.rows)
+            if last:
+                return
 
             # The finished block becomes history, for the rows that go on.
-            going = [i for i, row in enumerate(state.rows) if left[row] > 0]
-            if last or not going:
-                return
             kept = self.kept_rows(going, len(state.rows))
             if len(kept) < len(state.rows):
                 state.keep(kept)
@@ -219,7 +197,7 @@ class ColaDLM(nn.Module):
             prompt_z[:, start:n_old] = state.last_z[:, : n_old - start]
         while start < end:
             history = prompt_z[:, start : min(start - start % step + step, end)]
-            layout = self.dit.layout(history.shape[1], self.device, state.dit_cache, block_size=block_size)
+            layout = make_layout(history.shape[1], block_size, self.dit.rope, self.device, state.dit_cache)
             self.dit(history, torch.zeros(1, device=self.device), None, layout, state.dit_cache)
             self.vae.read(history, state.vae_cache, n_history)
             state.dit_cache.commit(history.shape[1])
@@ -259,39 +237,41 @@ class ColaDLM(nn.Module):
         def pinned(z):
             return z if is_known is None else torch.where(is_known[..., None], state.known_z, z)
 
-        def network(z, t):
-            # The first time the block before comes along, clean, and becomes history: the keys that its own last step
-            # left in the cache are those of a block that was not yet final.
-            nonlocal layout
-            index, guess, unread = time_index, estimate, state.unread
-            if unread is not None:
-                z = torch.cat([unread.repeat(copies, 1, 1), z], dim=1)
-                index = torch.full((1, n), NOISY, device=self.device) if index is None else index
-                index = F.pad(index, (n, 0), value=CLEAN)
-                guess = None if guess is None else F.pad(guess, (0, 0, n, 0))
-            layout = layout or self.dit.layout(z.shape[1], self.device, cache, copies, n)
-            answer = self.run_dit(z, self.times_of(state, t), index, layout, cache, guess, n, draw)
-            if unread is not None:
-                cache.commit(n)
-                state.unread = layout = None
-            return answer
-
         def guided_velocity(z, t):
             # What the solver integrates: guided, or towards a drawn code.  Both branches are in one batch; the second
             # half has no rows in the cache, hence no history.  How that is trained without ever dropping the history:
             # the first block of every training window has none.
-            nonlocal estimate
+            nonlocal estimate, layout
             z = pinned(z).repeat(copies, 1, 1)
             if estimate is not None and isinstance(t, torch.Tensor):  # a latent that has arrived is its own
                 estimate = torch.where(t == 0, z, estimate)
-            v, log_w = network(z, t) if draw else (network(z, t), None)
+            x, index, guess, unread = z, time_index, estimate, state.unread
+            if unread is not None:
+                # The first time the block before comes along, clean, and becomes history: the keys that its own last
+                # step left in the cache are those of a block that was not yet final.
+                x = torch.cat([unread.repeat(copies, 1, 1), z], dim=1)
+                index = torch.full((1, n), NOISY, device=self.device) if index is None else index
+                index = F.pad(index, (n, 0), value=CLEAN)
+                guess = None if guess is None else F.pad(guess, (0, 0, n, 0))
+            layout = layout or make_layout(x.shape[1], n, self.dit.rope, self.device, cache, copies)
+            key = tuple(t.flatten().tolist()) if isinstance(t, torch.Tensor) else (t,)
+            if key not in state.times:
+                state.times[key] = self.dit.embed_times(torch.tensor([[0.0, *key]], device=self.device))
+            v = self.run_dit(x, state.times[key], index, layout, cache, guess, n, draw)
+            v, log_w = v if draw else (v, None)
+            if unread is not None:
+                cache.commit(n)
+                state.unread = layout = None
             if is_known is not None:
                 v = v.masked_fill(time_index[..., None] == CLEAN, 0.0)
             if estimate is not None:  # for the next step, of each branch its own
                 estimate = z - t * v
             if draw:
                 return codes.draw(v, log_w, z, t, cfg_scale, torch.special.ndtr(noise()[..., 0]))
-            return guide(*v.chunk(2), scale) if copies == 2 else v
+            if copies == 1:
+                return v
+            v, u = v.chunk(2)  # with history, and without
+            return u + scale * (v - u)
 
         watch = on_step and (lambda z, t: on_step(pinned(z), t))
         return pinned(solve(guided_velocity, pinned(z1), times, "euler" if draw else solver, eta, noise, watch))
@@ -301,13 +281,6 @@ class ColaDLM(nn.Module):
         first, with state.vae_cache: that fills this cache."""
         state.vae_cache.commit(z.shape[1])
         state.unread, state.is_known, state.known_z, state.n_known = z, None, None, [0] * len(state.rows)
-
-    def times_of(self, state, t):
-        """The `dit.Times` of [0, t], computed once for all blocks."""
-        t = tuple(t.flatten().tolist()) if isinstance(t, torch.Tensor) else (t,)
-        if t not in state.times:
-            state.times[t] = self.dit.embed_times(torch.tensor([[0.0, *t]], device=self.device))
-        return state.times[t]
 
     def run_dit(self, *args):
         """`DiT.forward`, as the sampler calls it (extras/compiled.py has another)."""
@@ -331,20 +304,23 @@ class Generation:
     unread: torch.Tensor | None = None  # the same, if it is finished but not yet in the dit_cache
     is_known: torch.Tensor | None = None  # bool (B, block_size): latents of those tokens
     known_z: torch.Tensor | None = None  # (B, block_size, d), in the units of the DiT
-    times: dict = field(default_factory=dict)  # of the solver: {t: Times of [0, *t]}
+    times: dict = field(default_factory=dict)  # of the solver: {t: `dit.embed_times` of [0, *t]}
 
     def new_tokens(self, tokens):
         """The ids of a decoded block (B, L), those of the prompt excepted: a list for each row."""
         return [row[old:] for row, old in zip(tokens.tolist(), self.n_known, strict=True)]
 
-    def add(self, z, new, ends, left):
-        """Note the block z (B, block_size, d) and its new tokens: of each row those left, up to an id in `ends`, after
-        which none are left."""
-        for row, text, tokens in zip(self.rows, self.text, new, strict=True):
-            end = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
-            text.extend(tokens[: max(min(end, left[row]), 0)])
-            left[row] = 0 if ends & set(tokens) else left[row] - len(tokens)
-        self.last_z = z
+    def add(self, z, tokens, ends, left):
+        """Note the block z (B, block_size, d) and its tokens (B, L).  Returns what is new in each row: at most as many
+        as are `left` in it, and what stands before an id in `ends`, after which none are left."""
+        self.last_z, found = z, []
+        for row, text, new in zip(self.rows, self.text, self.new_tokens(tokens), strict=True):
+            new = new[: left[row]]
+            end = next((i for i, token in enumerate(new) if token in ends), None)
+            text.extend(new if end is None else new[: end + 1])
+            left[row] = left[row] - len(new) if end is None else 0
+            found.append(new[:end])
+        return found
 
     def keep(self, kept):
         """Forget all rows but these, a list."""
@@ -358,6 +334,6 @@ class Generation:
 
 class Block(NamedTuple):  # one generated block of all rows that are in the batch
     z: torch.Tensor  # (B, block_size, d), in the units of the DiT
-    new: list[list[int]]  # the tokens of each row, those of the prompt excepted
+    new: list[list[int]]  # what each row says: no tokens of the prompt, none from its end on
     last: bool  # no block will follow
     rows: list[int]  # which of the prompts they are

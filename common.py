@@ -16,6 +16,7 @@ import warnings
 from collections import defaultdict
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -193,13 +194,14 @@ def first_process_first():
         wait_for_all()
 
 
-def distribute(objective, groups, device, fsdp=False):
+def distribute(objective, models, device, fsdp=False):
     """The objective as this process trains it: alone, as one of equal copies (DDP) or, with --fsdp, keeping one part of
     every parameter, gradient and optimizer state.
 
-    groups: the modules, or lists of modules, whose weights FSDP gathers together just before their forward pass; the
-    rest goes with the objective.  They travel in fp32, and autocast makes of them what it would without FSDP: in
-    bfloat16 the weights of LayerNorms would be rounded, which moves the latents."""
+    models: those of the objective that are trained.  FSDP gathers the weights of a block together, just before its
+    forward pass, but those of adaLN apart, for they are needed before all blocks; the rest goes with the objective.
+    They travel in fp32, and autocast makes of them what it would without FSDP: in bfloat16 the weights of LayerNorms
+    would be rounded, which moves the latents."""
     if not under_torchrun():
         return objective
     if not fsdp:
@@ -208,11 +210,13 @@ def distribute(objective, groups, device, fsdp=False):
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     warnings.filterwarnings("ignore", ".*returned a view tensor")  # which matters to those who write into it
-    mesh = init_device_mesh(device.type, (n_processes(),))
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # positions need all their digits
-    for group in [*groups, objective]:
-        fully_shard(group, mesh=mesh, mp_policy=policy)
-    return objective
+    shard = partial(fully_shard, mesh=init_device_mesh(device.type, (n_processes(),)), mp_policy=policy)
+    for block in (block for model in models for block in model.blocks):
+        if hasattr(block, "ada"):
+            shard([*block.ada.values()])
+        shard(block)
+    return shard(objective)
 
 
 def whole(model):
@@ -295,15 +299,16 @@ def orthogonalize(x, steps=5, coefficients=(3.4445, -4.7750, 2.0315)):
 
 
 def make_optimizer(parts, name, weight_decay, dtype=torch.float32):
-    """AdamW with betas (0.9, 0.95); with the name "muon", Muon for what `hidden_matrices` of a module returns.
+    """AdamW with betas (0.9, 0.95); with the name "muon", Muon for the matrices inside blocks, those of adaLN excepted.
 
     parts: list of (module, learning-rate ratio).  Vectors are not decayed.  dtype: of the products in Muon."""
     adamw, muon = [], []
     for module, lr_ratio in parts:
-        hidden = {id(p) for p in module.hidden_matrices()} if name == "muon" else set()
-        params = [p for p in module.parameters() if p.requires_grad]
-        muon.append(dict(params=[p for p in params if id(p) in hidden], lr_ratio=lr_ratio))
-        rest = [p for p in params if id(p) not in hidden]
+        named = {key: p for key, p in module.named_parameters() if p.requires_grad}
+        hidden = [key for key, p in named.items() if p.dim() == 2 and "blocks." in key and ".ada." not in key]
+        hidden = hidden if name == "muon" else []
+        muon.append(dict(params=[named.pop(key) for key in hidden], lr_ratio=lr_ratio))
+        rest = list(named.values())
         adamw.append(dict(params=[p for p in rest if p.dim() > 1], lr_ratio=lr_ratio, weight_decay=weight_decay))
         adamw.append(dict(params=[p for p in rest if p.dim() <= 1], lr_ratio=lr_ratio, weight_decay=0.0))
     fused = all(p.device.type in ("cpu", "cuda") for group in adamw for p in group["params"])

@@ -481,23 +481,15 @@ def pad_rows(ids, chunk, pad_id, device):
     return torch.tensor([row + [pad_id] * (length - len(row)) for row in ids], device=device)
 
 
-class Writer:
-    """What one row has said: counts its tokens, ends it at eos_id or the limit, and turns ids into text if asked."""
+class TextStream:
+    """Turns the ids of a text into characters, piece by piece: a character may span two blocks."""
 
-    def __init__(self, tokenizer, eos_id, limit):
-        self.tokenizer, self.ends, self.left, self.done = tokenizer, end_ids(eos_id), limit, False
-        self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span two blocks
+    def __init__(self, tokenizer):
+        self.tokenizer, self.utf8 = tokenizer, codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def write(self, ids, last=False):
-        """The part of a block's new ids that this row still says, as ids or text; last: no block will follow."""
-        if self.done:
-            return "" if self.tokenizer else []
-        ids = ids[: self.left]
-        self.left -= len(ids)
-        self.done = last or self.left == 0
-        if ends := [i for i, token in enumerate(ids) if token in self.ends]:
-            ids, self.done = ids[: ends[0]], True
-        return self.utf8.decode(decode_bytes(self.tokenizer, ids), final=self.done) if self.tokenizer else ids
+        """The characters that these ids complete; last: nothing follows."""
+        return self.utf8.decode(decode_bytes(self.tokenizer, ids), final=last)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

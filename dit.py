@@ -15,7 +15,6 @@ velocity (extras/codebook.py); with self_conditioning, the network also sees its
 
 import math
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -23,7 +22,8 @@ import torch.nn.functional as F
 
 from common import check_sizes
 from extras.codebook import Codebook
-from transformer import KVCache, apply_rope, attend, make_layout, rope_freqs, run_block
+from extras.kernels import run_block
+from transformer import KVCache, apply_rope, attend, make_layout, rope_freqs
 
 TIME_CHANNELS = 256
 CLEAN, NOISY = 0, 1  # indices into the times of a row: time 0, and the (first) noisy time
@@ -62,16 +62,6 @@ class DiTConfig:
 def rotate_interleaved(x):
     """The pairs in the DiT (see `transformer.apply_rope`): channels 2i and 2i + 1, as in GPT-J."""
     return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-
-
-def interleaved_rope(pos, config, device):
-    """Cosines and sines for `rotate_interleaved`: pos (B, L) -> (B, 1, L, D) each, in fp32.
-
-    Only the first rope_dim channels turn; the others keep a cosine of 1."""
-    angle = pos.to(device)[:, None, :, None].float() * rope_freqs(config.rope_dim, ROPE_THETA, device)
-    angle = F.pad(angle, (0, (config.head_dim - config.rope_dim) // 2))  # (B, 1, L, D/2)
-    angle = torch.stack([-angle, angle], dim=-1).flatten(-2)
-    return angle.cos(), angle.sin()
 
 
 class TimeEmbedding(nn.Module):
@@ -154,29 +144,18 @@ def at_positions(modulation, time_index):
     if time_index is None:
         return modulation[:, -1:].unbind(2)
     # A product with one-hot rows: its backward is a product, too, where that of an index would add row by row.
-    return (one_hot(time_index, modulation) @ modulation.flatten(2)).unflatten(-1, modulation.shape[2:]).unbind(2)
-
-
-def one_hot(time_index, times):
-    """(B or 1, L) -> (B or 1, L, T), in the type of times (B or 1, T, ...)."""
-    return (time_index[..., None] == torch.arange(times.shape[1], device=times.device)).to(times.dtype)
+    one_hot = time_index[..., None] == torch.arange(modulation.shape[1], device=modulation.device)  # (B or 1, L, T)
+    return (one_hot.to(modulation.dtype) @ modulation.flatten(2)).unflatten(-1, modulation.shape[2:]).unbind(2)
 
 
 def modulate(x, shift, scale):
     return x * (1 + scale) + shift
 
 
-class Times(NamedTuple):
-    """The T times that occur in a row, with all that the network has to know of them."""
-
-    t: torch.Tensor  # (B or 1, T), in [0, 1]
-    modulation: torch.Tensor  # (B or 1, T, 6 n_layer + 2, C): six vectors for every block, two for the output
-
-
 class DiT(nn.Module):
     """v = DiT(z_t, t), the velocity dz/dt of the probability flow."""
 
-    checkpointing = False  # see `transformer.run_block`
+    checkpointing = False  # see `kernels.run_block`
 
     def __init__(self, config):
         super().__init__()
@@ -200,48 +179,43 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for block in self.blocks:
-            for layer in block.ada.values():
-                nn.init.zeros_(layer[-1].weight)
-        nn.init.zeros_(self.txt_out_ada.out_in[-1].weight)
-        nn.init.zeros_(self.txt_out.proj.weight)
-        for layer in [self.codebook and self.codebook.logits, self.estimate_in]:
-            if layer is not None:
-                nn.init.zeros_(layer.weight)
-
-    def hidden_matrices(self):
-        """The matrices of attention and MLPs."""
-        parts = [part for block in self.blocks for part in (block.msa, block.mlp)]
-        return [p for part in parts for p in part.parameters() if p.dim() == 2]
+        modulation = [layer for block in self.blocks for layer in block.ada.values()] + [self.txt_out_ada.out_in]
+        ours = [self.codebook and self.codebook.logits, self.estimate_in]
+        for layer in [*(layer[-1] for layer in modulation), self.txt_out.proj, *filter(None, ours)]:
+            nn.init.zeros_(layer.weight)
 
     def embed_times(self, t):
-        """The Times of t (B or 1, T).  They depend on nothing else, so a sampler computes them once per run."""
+        """t (B or 1, T) -> t and its modulation (B or 1, T, 6 n_layer + 2, C): six vectors for every block, two for the
+        output.  It depends on nothing else, so a sampler computes it once per run."""
         e = self.emb_in(t)  # (B or 1, T, C)
         parts = [block.modulation(e) for block in self.blocks] + [self.txt_out_ada.out_in(e)]
-        return Times(t, torch.cat(parts, dim=-1).unflatten(-1, (-1, self.config.dim)))
-
-    def layout(self, n, device, cache=None, copies=1, block_size=None):
-        """The Layout of n latents behind the histories in `cache`, see `transformer.make_layout`."""
-        return make_layout(n, block_size or self.config.block_size, self.rope, device, cache, copies)
+        return t, torch.cat(parts, dim=-1).unflatten(-1, (-1, self.config.dim))
 
     def rope(self, pos):
-        return interleaved_rope(pos, self.config, self.txt_in.proj.weight.device)
+        """Cosines and sines for `rotate_interleaved`: pos (B, L) -> (B, 1, L, D) each, in fp32.  Only the first
+        rope_dim channels turn; the others keep a cosine of 1."""
+        c, device = self.config, self.txt_in.proj.weight.device
+        angle = pos.to(device)[:, None, :, None].float() * rope_freqs(c.rope_dim, ROPE_THETA, device)
+        angle = F.pad(angle, (0, (c.head_dim - c.rope_dim) // 2))  # (B, 1, L, D/2)
+        angle = torch.stack([-angle, angle], dim=-1).flatten(-2)
+        return angle.cos(), angle.sin()
 
     def forward(self, z, t, time_index=None, layout=None, cache=None, estimate=None, n_out=None, with_codes=False):
         """Velocity of every latent.
 
         z (B, n, d).
-        t: the times that occur in a row, (B or 1, T) in [0, 1], or (B,) or (1,) if there is but one; or their Times.
+        t: the times that occur in a row, (B or 1, T) in [0, 1], or (B,) or (1,) if there is one; or of `embed_times`.
         time_index (B or 1, n), 0 .. T-1, such as CLEAN and NOISY: which of them each latent has; None: all the last.
-        layout: a Layout made before, to use it again, or if the latents are not one plain sequence (training).
+        layout: a Layout made before, to use it again, or for other blocks (default: those of the configuration).
         cache: the history; z continues it.  Rows beyond those of the cache have no history.
         estimate (B, n, d): an earlier one of z0, for self-conditioning (arXiv:2208.04202); 0 or None: there is none.
         n_out: the velocity of the last so many latents alone; None: of all.
         Returns v (B, n_out, d) in fp32; with_codes: and the logarithms of the codes' weights, (B, n_out, n_codes).
         """
         if layout is None:
-            layout = self.layout(z.shape[1], z.device, cache, 1 if cache is None else len(z) // cache.batch_size)
-        t, modulation = t if isinstance(t, Times) else self.embed_times(t.view(len(t), -1))
+            copies = 1 if cache is None else len(z) // len(cache.length)
+            layout = make_layout(z.shape[1], self.config.block_size, self.rope, z.device, cache, copies)
+        t, modulation = t if isinstance(t, tuple) else self.embed_times(t.view(len(t), -1))
 
         x = self.txt_in.proj(z.to(self.txt_in.proj.weight.dtype))  # (B, n, C)
         if estimate is not None:
@@ -256,9 +230,8 @@ class DiT(nn.Module):
         v = self.txt_out.proj(x).float()
         if self.codebook is None:
             return v
-        # The time of every position, (B or 1, n or 1, 1); not as a product, which autocast would round.
-        t = t[:, -1:, None] if time_index is None else (one_hot(time_index, t) * t[:, None]).sum(-1, keepdim=True)
-        mixture, log_w = self.codebook(x, z, t)
+        t = t[:, -1:] if time_index is None else torch.take_along_dim(t, time_index, 1)  # of every position
+        mixture, log_w = self.codebook(x, z, t[..., None])
         return (v + mixture, log_w) if with_codes else v + mixture
 
     def new_cache(self, batch_size, max_len):

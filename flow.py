@@ -1,4 +1,4 @@
-"""Flow matching in latent space: the stage-2 loss, guidance and the ODE solvers.
+"""Flow matching in latent space: the stage-2 loss and the ODE solvers.
 
 Data sit at t = 0 and noise at t = 1 (several other libraries have it the other way round):
 
@@ -15,7 +15,8 @@ import torch.nn.functional as F
 
 from dit import CLEAN, NOISY
 from extras.kernels import flex_mask
-from transformer import Layout, block_mask, sees
+from extras.stagger import staggered
+from transformer import Layout, block_mask
 
 
 def sample_times(shape, loc, scale, generator=None, device=None, block_size=1, stagger=0.0):
@@ -30,104 +31,73 @@ def sample_times(shape, loc, scale, generator=None, device=None, block_size=1, s
     return torch.sigmoid(loc + scale * x)
 
 
-def staggered(u, block_size, stagger):
-    """The share of its way that each latent has before it when a block has the share u: 1 until it starts, 0 once it
-    has arrived, exactly, hence rounded.
-
-    Ours, after arXiv:2305.09515: each latent starts a share `stagger` of its way later than the one before it.  With 0
-    all go together, as in the paper; with 1 one by one.  u (..., n_blocks) -> (..., n_blocks block_size)"""
-    length = 1 + stagger * (block_size - 1)  # of the way of a block, in ways of a latent
-    behind = stagger * torch.arange(block_size - 1, -1, -1, dtype=u.dtype, device=u.device)
-    return (u[..., None] * length - behind).clamp(0, 1).round(decimals=6).flatten(-2)
-
-
 def simulated_prompts(B, n, block_size, probability, generator=None, device=None):
     """Latents that play the part of a prompt: with `probability`, a block keeps a random proper prefix clean.
 
     Generation from a prompt that ends inside a block starts like that; but there the encoder saw padding in the rest of
     the block, here it saw the target text.  No effect on blocks of one latent.  Returns bool (B, n)."""
-    n_blocks = -(-n // block_size)
-    chosen = torch.rand(B, n_blocks, generator=generator, device=device) < probability
+    chosen = torch.rand(B, -(-n // block_size), generator=generator, device=device) < probability  # of blocks
     length = torch.randint(1, max(block_size, 2), chosen.shape, generator=generator, device=device)
     inside = torch.arange(block_size, device=device) < length[..., None]  # (B, n_blocks, block_size)
     return (inside & chosen[..., None] & (block_size > 1)).flatten(1)[:, :n]
 
 
-def flow_matching_loss(dit, z0, z1, t, prompt=None, valid=None, block_size=None, code_weight=0.0, count=None):
+def flow_matching_loss(dit, z0, z1, t, prompt=None, valid=None, block_size=None, code_weight=0.0, count=None,
+                       reduce=True):  # fmt: skip
     """L_FM of all blocks in one pass (stage 2, Eq. 3.7).
 
-    z0 (B, n, d) clean latents; z1 (B, n, d) noise; t: a time for every row (B,), block (B, n_blocks) or latent (B, n).
+    z0 (B, n, d) clean latents; z1 (B, n, d) noise; t: a time for every row (B,), block (B, n_blocks) or latent (B, n);
+    block_size: default that of the dit's configuration.
     Latents with times of their own that are at 0 have arrived, and carry no loss; those at 1 wait, and learn what can
     be known before their turn.
     prompt: bool (B, n), latents that stay clean; valid: bool (B, n), False on padding: no loss there, either.
-    block_size: latents per block, default that of the dit's configuration.
-    Returns the mean squared velocity error per channel, a scalar, plus the following.
     count: what the sum over latents is divided by; None: how many carry loss.  A number that does not depend on what
     was drawn, such as the one expected, makes the loss of a batch the same however it is cut into passes.
     code_weight: for a prior with a `Codebook`, adds code_weight times -log w(z_t) of the code nearest to z0, in nats
     per latent.  Both have the same minimum, the true distribution of codes, but the logarithm is found faster.
+    Returns the mean squared velocity error per channel, a scalar, or with reduce=False that of every latent, (B, n).
 
     History and target are constants.  In joint training the gradient reaches the encoder through z_t alone: otherwise
     it could lower the loss by moving its own target, or by writing into the history what the next block will be.
 
     No condition is ever dropped for guidance: the first block of every row has no history, and trains the unconditional
     velocity."""
+    clean = z0.detach()
     is_clean = torch.zeros_like(z0[..., 0], dtype=torch.bool) if prompt is None else prompt
     counts = ~is_clean if valid is None else valid & ~is_clean
     if t.shape == z0.shape[:2]:  # a time for every latent
         is_clean, counts = is_clean | (t == 0), counts & (t > 0)
-    error = velocity_error(dit, z0, z1, t, is_clean, block_size, code_weight)
-    return (error * counts).sum() / (counts.sum().clamp(min=1) if count is None else count)
-
-
-def velocity_error(dit, z0, z1, t, is_clean=None, block_size=None, code_weight=0.0):
-    """(v - (z1 - z0))^2 at z_t, the mean over channels, and the term of code_weight: (B, n).  is_clean: bool (B, n),
-    latents that stay clean, at time 0; others: of `flow_matching_loss`."""
-    clean, block_size = z0.detach(), block_size or dit.config.block_size
-    zt = torch.lerp(z0, z1, at_latents(t, z0.shape[1], block_size))
-    if is_clean is not None:
-        zt = torch.where(is_clean[..., None], clean, zt)
-    options = dict(block_size=block_size, layout=training_layout(z0.shape[1], block_size, dit.rope, z0.device))
-    if dit.config.self_conditioning:
-        options["estimate"] = own_estimate(dit, clean, zt, t, is_clean, **options)
-    if code_weight == 0:
-        return (velocity_of_all_blocks(dit, clean, zt, t, is_clean, **options) - (z1 - clean)).square().mean(-1)
-    v, log_w = velocity_of_all_blocks(dit, clean, zt, t, is_clean, **options, with_codes=True)
-    log_w = log_w.gather(-1, dit.codebook.nearest(clean)[..., None])[..., 0]  # (B, n)
-    return (v - (z1 - clean)).square().mean(-1) - code_weight * log_w
+    zt = torch.where(is_clean[..., None], clean, torch.lerp(z0, z1, at_latents(t, z0)))
+    estimate = own_estimate(dit, clean, zt, t, is_clean, block_size) if dit.config.self_conditioning else None
+    v = velocity_of_all_blocks(dit, clean, zt, t, is_clean, block_size, estimate, with_codes=code_weight > 0)
+    v, log_w = v if code_weight > 0 else (v, None)
+    error = (v - (z1 - clean)).square().mean(-1)  # (B, n)
+    if code_weight > 0:
+        error = error - code_weight * log_w.gather(-1, dit.codebook.nearest(clean)[..., None])[..., 0]
+    error = error * counts
+    return error.sum() / (counts.sum().clamp(min=1) if count is None else count) if reduce else error
 
 
 @torch.no_grad()
-def own_estimate(dit, clean, zt, t, is_clean, block_size, layout):
+def own_estimate(dit, clean, zt, t, is_clean, block_size=None):
     """Self-conditioning: what the network itself takes z0 to be at zt, which is zt - t v.  (B, n, d)
 
     In training, the second half of the rows has none (0), as in the first step of a solver; the first costs a pass."""
-    n_rows = len(zt) // 2 if dit.training else len(zt)
-    estimate = torch.zeros_like(zt)
-    if n_rows == 0:
-        return estimate
-    clean, zt, t, is_clean = (x if x is None else x[:n_rows] for x in (clean, zt, t, is_clean))
-    v = velocity_of_all_blocks(dit, clean, zt, t, is_clean, block_size, layout=layout)
-    found = zt - at_latents(t, zt.shape[1], block_size) * v
-    estimate[:n_rows] = found if is_clean is None else torch.where(is_clean[..., None], clean, found)
+    estimate, rows = torch.zeros_like(zt), slice(len(zt) // 2 if dit.training else None)
+    v = velocity_of_all_blocks(dit, clean[rows], zt[rows], t[rows], is_clean[rows], block_size)
+    found = zt[rows] - at_latents(t[rows], v) * v
+    estimate[rows] = torch.where(is_clean[rows, :, None], clean[rows], found)
     return estimate
 
 
-def time_of_latents(t, n, block_size):
-    """Which of its times t (B,) or (B, T) each of a row's n latents has, (n,): with n times its own, else its block's,
-    or the only one."""
-    n_times = t[0].numel()
-    return (torch.arange(n, device=t.device) // (1 if n_times == n else block_size)).clamp(max=n_times - 1)
+def time_of_latents(t, n):
+    """Which of its times t (B,) or (B, T) each of a row's n latents has, (n,): the only one, or that of its T-th."""
+    return torch.arange(n, device=t.device) * t[0].numel() // n
 
 
-def at_latents(t, n, block_size):
-    """The times of rows, of blocks or of latents, at all latents: (B, n, 1)."""
-    return t.view(len(t), -1)[:, time_of_latents(t, n, block_size), None]
-
-
-def clean_length(n, block_size):
-    """Latents of n that are history to others: all but those of the last block."""
-    return (n - 1) // block_size * block_size
+def at_latents(t, z):
+    """The times t, of rows, blocks or latents, at all latents of z (B, n, d): (B, n, 1)."""
+    return t.view(len(t), -1)[:, time_of_latents(t, z.shape[1]), None]
 
 
 def velocity_of_all_blocks(dit, clean, zt, t, is_clean=None, block_size=None, estimate=None, layout=None, **options):
@@ -135,14 +105,14 @@ def velocity_of_all_blocks(dit, clean, zt, t, is_clean=None, block_size=None, es
 
     clean (B, n, d): the finished latents; zt (B, n, d): every block on its way; t: of `flow_matching_loss`; is_clean:
     bool (B, n), which latents of zt are clean and have time 0; estimate (B, n, d): of z0, for self-conditioning;
-    layout: of `training_layout`, to use it again; options: of `DiT`.
+    layout: default that of `training_layout`; options: of `DiT`.
 
     In one line as [clean without its last block | zt], both at the same positions, so that every noisy block is
     predicted from exactly the clean history that the sampler's cache would hold; the last clean block is nobody's
     history."""
     n, block_size = zt.shape[1], block_size or dit.config.block_size
     n_clean = clean_length(n, block_size)
-    time_index = NOISY + time_of_latents(t, n, block_size)[None]  # of [0, t, ...]
+    time_index = NOISY + time_of_latents(t, n)[None]  # of [0, t, ...]
     if is_clean is not None:
         time_index = torch.where(is_clean, CLEAN, time_index)
     return dit(
@@ -156,6 +126,11 @@ def velocity_of_all_blocks(dit, clean, zt, t, is_clean=None, block_size=None, es
     )
 
 
+def clean_length(n, block_size):
+    """Latents of n that are history to others: all but those of the last block."""
+    return (n - 1) // block_size * block_size
+
+
 def training_layout(n, block_size, rope, device, flex=None):
     """The Layout of [clean | noisy] for n latents, N in all: the clean half lacks the last block.
     rope: a function pos (1, N) -> table.  flex: with a mask for FlexAttention; default on CUDA."""
@@ -163,19 +138,14 @@ def training_layout(n, block_size, rope, device, flex=None):
     pos = torch.cat([torch.arange(n_clean), torch.arange(n)])[None]
     noisy, block = torch.arange(n_clean + n) >= n_clean, pos // block_size
     if device.type == "cuda" if flex is None else flex:
-        return Layout(rope(pos), flex_mask(sees, tuple(block[0].tolist()), tuple(noisy.tolist()), device))
-    return Layout(rope(pos), block_mask(block, block, noisy, noisy)[:, None].to(device))  # mask (1, 1, N, N)
-
-
-def guide(v_cond, v_uncond, cfg_scale):
-    """Classifier-free guidance u + s (c - u), where u is the velocity of a block without its history."""
-    return v_uncond + cfg_scale * (v_cond - v_uncond)
+        return Layout(rope(pos), flex_mask(block_mask, tuple(block[0].tolist()), tuple(noisy.tolist()), device))
+    mask = block_mask(block[..., None], block[:, None], noisy[:, None], noisy)  # (1, N, N)
+    return Layout(rope(pos), mask[:, None].to(device))
 
 
 def solver_times(steps, grid="uniform", loc=1.0, scale=1.0, block_size=1, stagger=0.0):
-    """The steps + 1 times of a solver from t = 1 to 0, a list: `uniform`, or at the `quantiles` of those of training,
-    sigmoid(N(loc, scale)), which are dense where it is decided which text appears.  With a stagger, those of every
-    latent: tensors (block_size, 1)."""
+    """The steps + 1 times of a solver from t = 1 to 0, a list: `uniform`, or `quantiles` of those of training,
+    sigmoid(N(loc, scale)), dense where it is decided which text appears.  With a stagger: tensors (block_size, 1)."""
     u = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64)
     if stagger > 0:
         u = staggered(u[:, None], block_size, stagger)[..., None]

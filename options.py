@@ -92,6 +92,11 @@ class VAEOptions(TrainingOptions):
         | dict(tokenizer="cl100k_base", steps=200_000),
     }
 
+    def config(self):
+        """The VAE's configuration; a small text may end up with fewer tokens than the vocab_size asked for."""
+        names = [f.name for f in dataclasses.fields(VAEConfig) if hasattr(self, f.name)]
+        return VAEConfig(**{name: getattr(self, name) for name in names})
+
 
 @dataclass
 class PriorOptions(TrainingOptions):
@@ -146,6 +151,19 @@ class PriorOptions(TrainingOptions):
         | dict(steps=1_000_000, ema=0.0),  # the paper evaluates the weights themselves; released: step 300,000
     }
 
+    def config(self, vae):
+        """The prior's configuration, on latents of a VAEConfig.  As in the released model, the heads share the width,
+        and the rotary embedding turns three quarters of a head.  Raises ValueError for sizes that do not fit."""
+        if self.dim % (4 * self.n_head):
+            raise ValueError(f"--dim {self.dim} must be a multiple of 4 times --n-head {self.n_head}")
+        head_dim = self.dim // self.n_head
+        return DiTConfig(
+            latent_dim=vae.latent_dim, dim=self.dim, n_layer=self.n_layer,
+            n_head=self.n_head, head_dim=head_dim, rope_dim=head_dim * 3 // 8 * 2,
+            block_size=self.block_size[0],  # what sampling takes
+            n_codes=self.n_codes, self_conditioning=self.self_conditioning, t_loc=self.t_loc, t_scale=self.t_scale,
+        )  # fmt: skip
+
 
 SOLVERS, GRIDS = ("euler", "heun", "draw"), ("uniform", "quantiles")
 
@@ -153,11 +171,11 @@ SOLVERS, GRIDS = ("euler", "heun", "draw"), ("uniform", "quantiles")
 @dataclass
 class SamplingOptions:
     """The options of `ColaDLM.stream` as the scripts have them: the only home of their ranges.  (The defaults are for
-    small models; those of the library are the released ones, `cola.RELEASED`.)
+    small models; those of the library are RELEASED.)
 
     block_size: a prior trained with several sizes writes with each.  Where a block ends inside one of the VAE's, as in
     the released chat, the decoder sees that one unfinished.
-    steps, solver, grid, eta, stagger: from noise to latent, see `flow.solve`, `flow.solver_times`, `flow.staggered`.
+    steps, solver, grid, eta, stagger: from noise to latent, see `flow.solve`, `flow.solver_times`, `extras.stagger`.
     "draw", for a prior with codes, draws one of them in every step: `Codebook.draw`.  With a stagger, steps are laid
     over the whole block, so those before the end of a prompt inside it move nothing.
     cfg_scale: guidance u + s (c - u), with history over without, where there is any; for "draw", in every block,
@@ -190,10 +208,18 @@ class SamplingOptions:
         """The cfg_scale for blocks of a size.  Larger blocks want more; blocks of one lose variety by it."""
         return self.cfg_scale or (2.0 if self.solver == "draw" else 4.0 if block_size == 1 else 7.0)
 
+    def but(self, **options):
+        """These with other values.  Raises ValueError for one that is out of range."""
+        o = dataclasses.replace(self, **{key: x.item() if hasattr(x, "item") else x for key, x in options.items()})
+        check_range(SamplingOptions, dataclasses.asdict(o))
+        return o
+
     def settings(self):
         """These options alone, without what a script adds to them."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(SamplingOptions)}
 
+
+RELEASED = SamplingOptions(grid="uniform", eta=0.0, cfg_scale=7.0)  # where the released code differs
 
 DTYPES = ("auto", "fp32", "bf16", "autocast")
 DTYPE_HELP = "of the weights; autocast: fp32, with products in bf16, as released; auto: bf16 on CUDA, else fp32"

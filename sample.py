@@ -19,7 +19,7 @@ from cola import ColaDLM
 from common import collect, join_processes, n_processes, pick_device, rank, run_script, sampling_precision
 from data import decode_bytes, prompt_ids
 from options import TextOptions, option, parse_options
-from training import saved_options
+from training import beyond_training
 
 PRETRAINED = Path(__file__).parent / "pretrained"  # the small model that comes with the repository
 
@@ -62,15 +62,12 @@ def main():
         from extras.compiled import CompiledColaDLM
 
         model = CompiledColaDLM(model)
-    settings = o.settings() | o.own_ids(model.tokenizer) | ({} if o.stop_at_eos else dict(eos_id=None))
+    settings = o.settings() | o.own_ids(model.tokenizer) | dict(special_tokens=o.special_tokens)
+    settings |= {} if o.stop_at_eos else dict(eos_id=None)
     prompts = [prompt for prompt in o.prompt for _ in range(o.num_samples)]
-    settings["special_tokens"] = o.special_tokens
-    longest, of_run = max(map(len, prompt_ids(model.tokenizer, o.prompt, o.special_tokens))), saved_options(folder)
-    if longest > (trained := of_run.get("seq_len", longest)) and rank() == 0:
-        print(f"prompt of {longest} tokens, training had {trained}: the text may get worse", file=sys.stderr)
-    if o.block_size and o.block_size not in (sizes := of_run.get("block_size", [o.block_size])) and rank() == 0:
-        sizes = ", ".join(map(str, sorted(set(sizes))))
-        print(f"blocks of {o.block_size}, training had {sizes}: the text may get worse", file=sys.stderr)
+    longest = max(map(len, prompt_ids(model.tokenizer, o.prompt, o.special_tokens)))
+    for asked in beyond_training(folder, longest, o.block_size) if rank() == 0 else ():
+        print(f"{asked}: the text may get worse", file=sys.stderr)
     if o.show_steps:
         if len(prompts) != 1:
             raise ValueError("--show-steps shows one sample: add --num-samples 1")

@@ -11,7 +11,6 @@ if __name__ == "__main__":
     import extras.quiet  # noqa: F401
 
 import math
-from dataclasses import asdict
 
 import torch
 import torch.nn as nn
@@ -21,9 +20,9 @@ import common
 import data
 from extras.kernels import compile_blocks
 from options import VAEOptions, flag, parse_options
-from released_format import find_tokenizer, load_vae, load_vae_config, save_vae
-from training import Run, adopt, held_out_loss, train
-from vae import TextVAE, VAEConfig, masked_view_loss, reconstruction_loss, token_accuracy
+from released_format import find_tokenizer, load_vae, load_vae_config
+from training import Run, adopt, held_out_loss, open_text, train
+from vae import TextVAE, masked_view_loss, reconstruction_loss
 
 LOW_SNR = 0.5  # 3.5 to 4 is usual; 0 is where a new VAE begins, and where the posterior collapses to N(mu, 1)
 PARTS = dict(all="", decoder="decoder", final_layer="decoder.final_layer")  # names of --vae-part, of parameters
@@ -51,11 +50,6 @@ class VAEObjective(nn.Module):
         return loss, {name: value.detach() for name, value in terms.items()}
 
 
-def vae_config(o):
-    """The VAE's configuration; a small text may end up with fewer tokens than the vocab_size asked for."""
-    return VAEConfig(**{name: value for name, value in asdict(o).items() if name in VAEConfig.__dataclass_fields__})
-
-
 def main():
     options, given = parse_options(VAEOptions, __doc__)
     if options.init:
@@ -67,20 +61,15 @@ def main():
     start = run.folder if o.resume else o.init  # of weights, configuration and tokenizer; "" if all is new
 
     # Text, tokens, tokenizer.
-    config = load_vae_config(start) if start else vae_config(o)
+    config = load_vae_config(start) if start else o.config()
     rows = data.micro_batch_size(o.batch_size, o.micro_batch, common.n_processes())
     data.check_seq_len(o.seq_len, config.patch_size, config.block_size)
     if (o.init or data.is_prepared(o.data[0])) and (named := given & {"tokenizer", "vocab_size"}):
         raise ValueError(f"{o.init or o.data[0]} has a tokenizer already: leave out {flag(min(named))}")
     own = find_tokenizer(start, config.vocab_size, required=True) if start else None
-    corpus = data.open_corpus(
-        o.data, run.folder / "data", lambda: own or data.make_tokenizer(o.tokenizer, o.vocab_size, o.data),
-        o.batch_size, o.seq_len, o.resume,
-    )  # fmt: skip
-    if own:
-        data.check_same(corpus.tokenizer, own)
-    else:
-        config.vocab_size = corpus.tokenizer.n_vocab
+    corpus = open_text(o, run.folder, own)
+    batch, held_out = corpus.batches(o.batch_size, o.seq_len, o.seed), corpus.held_out(o.seq_len)
+    config.vocab_size = config.vocab_size if own else corpus.tokenizer.n_vocab
 
     # Model and optimizer, new or as they were.
     torch.manual_seed(o.seed)
@@ -91,15 +80,11 @@ def main():
     if o.compile:
         compile_blocks(vae)
 
-    objective = common.distribute(VAEObjective(o, vae), vae.blocks, device, o.fsdp)
+    objective = common.distribute(VAEObjective(o, vae), [vae], device, o.fsdp)
     optimizer = common.make_optimizer([(vae, 1.0)], o.optimizer, o.weight_decay, common.muon_dtype(device, o.precision))
     if o.resume:
         run.restore(optimizer, vae)
-    n_params = sum(p.numel() for p in vae.parameters())
-    print(f"{len(corpus.train):,} training tokens of {vae.config.vocab_size:,} ids")
-    print(f"VAE of {n_params:,} parameters on {device}")
-
-    batch, held_out = corpus.batches(o.batch_size, o.seq_len, o.seed), corpus.held_out(o.seq_len)
+    print(f"VAE of {sum(p.numel() for p in vae.parameters()):,} parameters on {device}")
 
     def drowns(row):
         return row.get("log_snr", math.inf) < LOW_SNR and row["step"] > o.warmup
@@ -110,20 +95,15 @@ def main():
             tqdm.write(f"warning: the noise of the latents drowns them (log_snr {snr:.2f}): {advice}")
         return dict(held_out=held_out_loss(objective, held_out, o, rows))
 
-    def export():
-        whole = common.whole(vae)
-        if common.rank() == 0:
-            save_vae(whole, run.folder)
-
     if not o.resume and common.rank() == 0:
         data.save_tokenizer(corpus.tokenizer, run.folder / "tokenizer.json")
-    train(run, objective, optimizer, batch, rows, dict(trained=vae), evaluate, export)
+    train(run, objective, optimizer, batch, rows, dict(trained=vae), evaluate, exported=dict(vae=vae))
     if common.rank() > 0:
         return
     vae = load_vae(run.folder, device)  # the best
-    parts = held_out.to(device).split(rows)
-    accuracy = sum(token_accuracy(vae, part) * len(part) for part in parts) / sum(map(len, parts))
-    print(f"reconstruction: {100 * accuracy:.2f} % of {sum(p.numel() for p in parts):,} held-out tokens{run.chosen()}")
+    with torch.no_grad():
+        right = torch.cat([vae.likeliest(vae.encode(idx).mu) == idx for idx in held_out.to(device).split(rows)])
+    print(f"reconstruction: {right.float().mean():.2%} of {right.numel():,} held-out tokens{run.chosen()}")
     text = "" if data.is_prepared(run.folder / "data") else f" --data {o.data[0]}"
     init = "" if o.vae_part == "all" else f" --init {o.init}"  # the latents are the same: the old prior fits
     print(f"the VAE is in {run.folder}; next: python train_prior.py{init} --vae {run.folder}{text}")

@@ -35,9 +35,10 @@ from common import (
     replacing,
     under_torchrun,
     wait_for_all,
+    whole,
 )
 from options import check_range, flag
-from released_format import load_dit_config
+from released_format import find_tokenizer, load_dit_config, load_vae, save_dit, save_vae
 
 try:
     import fcntl
@@ -54,23 +55,23 @@ LOCKS = {}  # of this process: {folder: open descriptor}
 # The loop
 
 
-def train(run, objective, optimizer, batch, rows, states, evaluate, export, after_step=None):
+def train(run, objective, optimizer, batch, rows, states, evaluate, exported, after_step=None):
     """Train from run.step to the last step.
 
     objective(idx, generator) -> (loss, terms); batch(step) -> idx (B, ...), for all processes; rows: sequences of one
-    forward pass; states: what `Run.save` keeps; evaluate() -> {name: loss} on held-out text; export() writes the model,
-    whenever the loss "held_out" is the lowest so far.  All processes call both.  after_step(step): called after each
-    step."""
+    forward pass; states: what `Run.save` keeps; evaluate() -> {name: loss} on held-out text, called by all processes;
+    exported: the models, vae and dit, that are written whenever the loss "held_out" is the lowest so far.
+    after_step(step): called after each step."""
     o, device = run.options, next(objective.parameters()).device
     amp, tokens_per_step, skipped = autocast(device, o.precision), o.batch_size * o.seq_len, 0
     if o.warmup >= o.steps:
         print(f"warning: the learning rate still rises to --lr {o.lr} at the end: --warmup {o.warmup} is as long")
     if not o.resume:
         run.record(0, evaluate())
-        export()
+        export(exported, run.folder)
         run.save(0, optimizer, **states)  # from here on --resume finds all it needs
     elif run.is_best() and run.evaluations()[-1]["step"] == run.step:  # these very weights; the file may have been lost
-        export()
+        export(exported, run.folder)
     run.clock = run.step, time.perf_counter()
     with noting_signals() as signals, tqdm(
         initial=run.step * tokens_per_step, total=o.steps * tokens_per_step, unit="tok", unit_scale=True,
@@ -105,7 +106,7 @@ def train(run, objective, optimizer, batch, rows, states, evaluate, export, afte
                 run.record(done, evaluate())
                 bar.set_postfix({name: f"{value:.3f}" for name, value in run.log[-1].items() if "held_out" in name})
                 if run.is_best():
-                    export()
+                    export(exported, run.folder)
             stop = any(over_processes([len(signals)], device))
             if last or stop or done % o.save_every == 0:
                 run.save(done, optimizer, **states)
@@ -116,6 +117,14 @@ def train(run, objective, optimizer, batch, rows, states, evaluate, export, afte
         start = f"{'torchrun ...' if under_torchrun() else 'python'} {Path(sys.argv[0]).name}"
         print(f"stopped after step {run.step:,}; go on with: {start} --resume --out {shlex.quote(o.out)}")
         sys.exit(128 + (signals or [signal.SIGTERM])[0])
+
+
+def export(models, folder):
+    """Write models, named vae and dit, in the released format.  Collective."""
+    for name, model in models.items():
+        complete = whole(model)
+        if rank() == 0:
+            dict(vae=save_vae, dit=save_dit)[name](complete, folder)
 
 
 @contextmanager
@@ -242,6 +251,38 @@ def adopt(options, given, config, free=()):
         if (named := getattr(options, name)) != sizes[name]:
             raise ValueError(f"{flag(name)} {named} contradicts --init {options.init}, which has {sizes[name]}")
     return replace(options, **sizes)
+
+
+def open_stage1(o, folder, device):
+    """The VAE, the tokenizer and the configuration of a prior for them; from `folder`, if the run goes on."""
+    source = folder if o.resume else Path(o.vae)
+    vae = load_vae(source, device)
+    tokenizer = find_tokenizer(source, vae.config.vocab_size, required=True)
+    if o.resume:
+        return vae, tokenizer, load_dit_config(folder)
+    if not o.init:
+        return vae, tokenizer, o.config(vae.config)
+    own = vae if o.vae == o.init else load_vae(o.init, device)
+    pairs = zip(vae.encoder.parameters(), own.encoder.parameters(), strict=False)
+    if not all(torch.equal(value, other) for value, other in pairs):
+        raise ValueError(f"the prior in {o.init} does not know the latents of {o.vae}, of another encoder")
+    return vae, tokenizer, replace(load_dit_config(o.init), block_size=o.block_size[0], t_loc=o.t_loc)
+
+
+def open_text(o, folder, own):
+    """The Corpus to learn from.  own: the tokenizer that the model has; None: a new one, as the options say."""
+    text = o.data or (f"{o.vae}/data",)
+    if not o.data and not data.is_prepared(text[0]):
+        raise ValueError(f"{'--init ' * bool(o.init)}{o.vae} has no text beside it: name some with --data")
+
+    def tokenizer():
+        return own or data.make_tokenizer(o.tokenizer, o.vocab_size, o.data)
+
+    corpus = data.open_corpus(text, folder / "data", tokenizer, o.batch_size, o.seq_len, o.resume)
+    if own:
+        data.check_same(corpus.tokenizer, own)
+    print(f"{len(corpus.train):,} training tokens of {corpus.tokenizer.n_vocab:,} ids")
+    return corpus
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -442,6 +483,16 @@ def last_state(folder):
 def saved_options(folder):
     """The options of the run in a folder; {} if none is there, but a model from elsewhere."""
     return (last_state(folder)[1] or dict(options={}))["options"]
+
+
+def beyond_training(folder, n_tokens, block_size):
+    """What the model in a folder never saw, if its run tells: so many tokens, blocks of that size.  A list of texts."""
+    trained, asked = saved_options(folder), []
+    if n_tokens > (longest := trained.get("seq_len", n_tokens)):
+        asked.append(f"prompt of {n_tokens} tokens, training had {longest}")
+    if block_size and block_size not in (sizes := trained.get("block_size", [block_size])):
+        asked.append(f"blocks of {block_size}, training had {', '.join(map(str, sorted(set(sizes))))}")
+    return asked
 
 
 def own_data(folder):

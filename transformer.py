@@ -9,32 +9,19 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import BlockMask
-from torch.utils.checkpoint import checkpoint
 
-from extras.kernels import fast_flex_attention, flex_mask
+from extras.kernels import attention, flex_mask
 
 
 def block_mask(q_block, k_block, q_noisy=None, k_noisy=None):
-    """Which keys a query sees: True where attention is allowed.
+    """Which keys a query sees: the history, clean keys of earlier blocks, and keys of its own block in the same half.
+    So a noisy block never sees its own clean version, which is the answer.
 
-    q_block (..., Lq), k_block (..., Lk): the index of the block that a position belongs to.
-    q_noisy, k_noisy: bool, whether it is in the noisy half of the training layout (flow.py); left out, everything is
-    clean.  Returns a bool tensor (..., Lq, Lk):
-
-    - history: clean keys of strictly earlier blocks;
-    - own block: keys of the same block in the same half.
-
-    A noisy block hence never sees its own clean version, which is the answer.
-    """
-    q_block, k_block = q_block[..., :, None], k_block[..., None, :]
+    q_block, k_block: the index of the block that a position belongs to; tensors that broadcast, such as (Lq, 1) and
+    (Lk,).  q_noisy, k_noisy: bool, whether it is in the noisy half of the training layout (flow.py); left out,
+    everything is clean.  Returns bool, True where attention is allowed."""
     if q_noisy is None:
         return k_block <= q_block
-    return sees(q_block, k_block, q_noisy[..., :, None], k_noisy[..., None, :])
-
-
-def sees(q_block, k_block, q_noisy, k_noisy):
-    """The rule of `block_mask`, for one pair of positions or for tensors that broadcast."""
     return (~k_noisy & (k_block < q_block)) | ((k_noisy == q_noisy) & (k_block == q_block))
 
 
@@ -60,15 +47,6 @@ class KVCache:
     def reach(self, end):
         """How many positions attention reads if `end` are in use."""
         return end
-
-    @property
-    def batch_size(self):
-        return len(self.length)
-
-    def positions(self, n):
-        """Positions of the next n latents of each row, (B, n), or (1, n) if they are the same for all."""
-        start = self.length if self.ragged else self.length[:1]
-        return start[:, None] + torch.arange(n)
 
     def write(self, layer, layout, k, v):
         """Put k, v (B, H, n, D) behind the histories and return all keys and values, (B, H, K, D)."""
@@ -99,7 +77,7 @@ class Layout(NamedTuple):
     """Where the latents of a forward pass stand, and what each sees.  Made once for all layers and solver steps."""
 
     rope: tuple  # cosines and sines, (1 or B, 1, n, D) each
-    mask: torch.Tensor | BlockMask | None = None  # (1 or B, 1, n, K); None: all is visible
+    mask: torch.Tensor | None = None  # (1 or B, 1, n, K), or of `flex_mask`; None: all is visible
     pos: torch.Tensor | None = None  # where each row writes in its cache, (B, n); None: all from `start`
     start: int = 0
     end: int = 0  # positions of the cache that are in use
@@ -113,11 +91,12 @@ def make_layout(n, block_size, rope, device, cache=None, copies=1, flex=False, l
     then all unconditional ones: those behind the first copy have no history (see `attend`).
     flex: with a mask for FlexAttention; only without a cache.
     lengths (B,), on the CPU: what lies behind the first so many latents of a row is hidden; for equal histories."""
-    pos = torch.arange(n)[None] if cache is None else cache.positions(n)  # (1 or B, n)
+    ragged, hidden = cache is not None and cache.ragged, None
+    start = torch.zeros(1, dtype=torch.long) if cache is None else cache.length if ragged else cache.length[:1]
+    pos = start[:, None] + torch.arange(n)  # (1 or B, n)
     block, end, own = pos // block_size, int(pos.max()) + 1, min(n, block_size)
     if cache is not None and end > cache.max_len:
         raise ValueError(f"a cache of {cache.max_len} positions cannot hold position {end - 1}")
-    ragged, hidden = cache is not None and cache.ragged, None
     if ragged:
         end, hidden = cache.reach(end), pos[:, -1] + 1  # (B,): all from there on, behind a row's end
     elif lengths is not None and (lengths % block_size).any():  # else they end with a block: nothing to hide
@@ -125,10 +104,10 @@ def make_layout(n, block_size, rope, device, cache=None, copies=1, flex=False, l
     if hidden is None and block[0, 0] == block[0, -1]:  # one block, which sees itself and the whole history
         mask = None
     elif hidden is None and flex:
-        mask = flex_mask(sees, tuple(block[0].tolist()), (False,) * n, device)
+        mask = flex_mask(block_mask, tuple(block[0].tolist()), (False,) * n, device)
     else:
         keys = torch.arange(end)
-        mask = block_mask(block, keys // block_size)  # (1 or B, n, K)
+        mask = block_mask(block[..., None], keys // block_size)  # (1 or B, n, K)
         mask = (mask if hidden is None else mask & (keys < hidden[:, None, None]))[:, None].to(device)
     if ragged:
         return Layout(rope(pos.repeat(copies, 1)), mask, pos.to(device), end=end, own=own)
@@ -142,27 +121,15 @@ def attend(q, k, v, layout, cache=None, layer=0):
     as the conditional one.  Those rows have no history: their last block sees itself, and what comes before it in the
     pass, the block just finished, gets zeros.
     """
-    if isinstance(layout.mask, BlockMask):
-        return fast_flex_attention(q, k, v, layout.mask)
     if cache is None:
-        if q.requires_grad and q.device.type == "cpu":  # training: in bf16 2 to 3 times as fast as the fused kernel
-            return plain_attention(q, k, v, layout.mask)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=layout.mask)
-    n = cache.batch_size
+        return attention(q, k, v, layout.mask)
+    n = len(cache.length)
     keys, values = cache.write(layer, layout, k[:n], v[:n])
-    out = F.scaled_dot_product_attention(q[:n], keys, values, attn_mask=layout.mask)
+    out = attention(q[:n], keys, values, layout.mask)
     if len(q) > n:
-        alone = F.scaled_dot_product_attention(*(x[n:, :, -layout.own :] for x in (q, k, v)))
+        alone = attention(*(x[n:, :, -layout.own :] for x in (q, k, v)))
         out = torch.cat([out, F.pad(alone, (0, 0, q.shape[2] - layout.own, 0))])
     return out
-
-
-def plain_attention(q, k, v, mask):
-    """What `attend` computes, as two matrix products and a softmax."""
-    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (B, H, L, L)
-    if mask is not None:
-        scores = scores + torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, float("-inf"))
-    return scores.softmax(-1) @ v
 
 
 def rope_freqs(dim, theta, device=None):
@@ -178,10 +145,3 @@ def apply_rope(x, rope, rotate):
     cos, sin = rope
     x = x.float()
     return x * cos + rotate(x) * sin
-
-
-def run_block(block, checkpointing, *args):
-    """block(*args).  With checkpointing its activations are computed again for the gradient, not kept: less memory."""
-    if checkpointing and torch.is_grad_enabled():
-        return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn
-    return block(*args)

@@ -19,12 +19,10 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from common import check_sizes
-from transformer import KVCache, apply_rope, attend, make_layout, rope_freqs, run_block
-
-MAX_LOGITS = 1 << 26  # 256 MB in fp32; those of a long batch over 100,278 tokens would take gigabytes
+from extras.kernels import in_chunks, run_block
+from transformer import KVCache, apply_rope, attend, make_layout, rope_freqs
 
 
 @dataclass
@@ -68,8 +66,6 @@ class Posterior:
 
     def sample(self, generator=None):
         """mu + sigma * eps, differentiable in mu and sigma.  (B, n, d)"""
-        if self.logvar is None:
-            return self.mu
         return self.at(torch.randn(self.mu.shape, generator=generator, device=self.mu.device))
 
     def at(self, eps):
@@ -77,16 +73,12 @@ class Posterior:
         return self.mu if self.logvar is None else self.mu + torch.exp(0.5 * self.logvar) * eps
 
     def kl(self, other=None):
-        """KL to another Posterior, or to N(0, I), in nats per latent.  (B, n)"""
-        return self.kl_by_channel(other).sum(-1)
-
-    def kl_by_channel(self, other=None):
-        """What `kl` sums, (B, n, d); 0, a dropped term, without variance."""
+        """KL to another Posterior, or to N(0, I), in nats per latent; 0, a dropped term, without variance.  (B, n)"""
         if self.logvar is None:
-            return torch.zeros_like(self.mu)
+            return torch.zeros_like(self.mu[..., 0])
         mu, logvar = (0.0, torch.zeros_like(self.logvar)) if other is None else (other.mu, other.logvar)
         ratio = torch.exp(self.logvar - logvar) + (self.mu - mu) ** 2 * torch.exp(-logvar)
-        return 0.5 * (ratio - 1.0 + logvar - self.logvar)
+        return 0.5 * (ratio - 1.0 + logvar - self.logvar).sum(-1)
 
     def entropy(self):
         """Differential entropy in nats per latent, -E[log q(z0 | x)]; 0, a dropped term, without variance.  (B, n)"""
@@ -151,15 +143,16 @@ class VAEBlock(nn.Module):
 class TextVAE(nn.Module):
     """`encode`: tokens -> Posterior.  `decode`: latents -> logits."""
 
-    checkpointing = False  # see `transformer.run_block`
+    checkpointing = False  # see `kernels.run_block`
 
     def __init__(self, config):
         super().__init__()
         self.config = c = config
+        self.mask_id = c.vocab_size
         n_out = 2 * c.latent_dim if c.use_variation else c.latent_dim
         self.encoder = nn.ModuleDict(
             dict(
-                wte=nn.Embedding(c.vocab_size + 1, c.dim),  # the last row is [MASK]
+                wte=nn.Embedding(c.vocab_size + 1, c.dim),  # the last row is that of mask_id, [MASK]
                 patch_embedder=nn.Conv1d(c.dim, c.dim, kernel_size=c.patch_size, stride=c.patch_size),
                 blocks=nn.ModuleList(VAEBlock(c, i) for i in range(c.n_encoder_layer)),
                 final_layer=nn.Linear(c.dim, n_out, bias=c.bias),
@@ -174,11 +167,8 @@ class TextVAE(nn.Module):
                 final_layer=nn.Linear(c.dim, c.vocab_size, bias=c.bias),
             )
         )
+        self.blocks = [*self.encoder.blocks, *self.decoder.blocks]  # in a list, which names no parameters
         self.init_weights()
-
-    @property
-    def mask_id(self):
-        return self.config.vocab_size
 
     def init_weights(self):
         """Truncated normal weights (cut at 3 std), zero biases; LayerNorms start as the identity."""
@@ -189,31 +179,13 @@ class TextVAE(nn.Module):
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)
 
-    @property
-    def blocks(self):
-        """Those of both halves."""
-        return [*self.encoder.blocks, *self.decoder.blocks]
-
-    def hidden_matrices(self):
-        """The matrices of attention and feed-forward layers."""
-        return [p for block in self.blocks for p in block.parameters() if p.dim() == 2]
-
     def layout(self, n, device, cache=None, lengths=None):
         """The Layout of n latents behind the histories in `cache`; lengths: see `transformer.make_layout`."""
         c = self.config
+        rope = functools.partial(half_rope, dim=c.dim // c.n_head, theta=c.rope_theta, device=device)
         # In training, lengths are few, and each is worth compiling for.
         flex = self.training and torch.device(device).type == "cuda" and cache is None
-
-        def rope(pos):
-            return half_rope(pos, c.dim // c.n_head, c.rope_theta, device)
-
         return make_layout(n, c.block_size, rope, device, cache, flex=flex, lengths=lengths)
-
-    def transform(self, x, blocks, layout, cache=None):
-        """The transformer of either half.  x (B, n, C) -> (B, n, C)"""
-        for block in blocks:
-            x = run_block(block, self.checkpointing, x, layout, cache)
-        return x
 
     def encode(self, idx, cache=None):
         """idx (B, L) token ids, L a multiple of patch_size -> Posterior of mu, logvar (B, L/p, d).  With a cache, idx
@@ -227,7 +199,9 @@ class TextVAE(nn.Module):
             raise ValueError(f"{idx.shape[1]} tokens are not a multiple of patch_size {c.patch_size}")
         x = self.encoder.wte(idx)  # (B, L, C)
         x = self.encoder.patch_embedder(x.transpose(1, 2)).transpose(1, 2)  # (B, n, C)
-        x = self.transform(x, self.encoder.blocks, self.layout(x.shape[1], x.device, cache), cache)
+        layout = self.layout(x.shape[1], x.device, cache)
+        for block in self.encoder.blocks:
+            x = run_block(block, self.checkpointing, x, layout, cache)
         if cache is not None:
             cache.commit(x.shape[1])
         x = self.encoder.final_layer(x).float()  # (B, n, 2d); from here on in fp32, whatever the precision before
@@ -251,38 +225,31 @@ class TextVAE(nn.Module):
         """All of `decode` except its last layer: (B, n, d) -> (B, n*p, C)."""
         c = self.config
         x = self.decoder.in_layer(z.to(self.decoder.in_layer.weight.dtype))  # (B, n, C)
-        x = self.transform(x, self.decoder.blocks, self.layout(z.shape[1], z.device, cache, lengths), cache)
+        layout = self.layout(z.shape[1], z.device, cache, lengths)
+        for block in self.decoder.blocks:
+            x = run_block(block, self.checkpointing, x, layout, cache)
         x = self.decoder.unpatch_layer(x)  # (B, n, C*p)
         x = x.unflatten(-1, (c.dim, c.patch_size)).transpose(2, 3).flatten(1, 2)  # (B, n*p, C)
         return self.decoder.final_norm(x)
 
     def log_likelihood(self, z, idx, where=None):
-        """log p(x | z0) of every token, in nats: z (B, n, d), idx (B, n*p) -> (B, n*p).  where: bool (B, n*p), the
-        tokens that are asked for; then (count,).
+        """log p(x | z0) of every token, in nats, with few logits at a time: z (B, n, d), idx (B, n*p) -> (B, n*p).
+        where: bool (B, n*p), the tokens that are asked for; then (count,)."""
 
-        At most MAX_LOGITS logits exist at a time; in training, those of a chunk are computed again for its gradient."""
-        x = self.read(z)
-        x, wanted = x.flatten(0, 1), idx.flatten()
+        def log_p(x, idx):  # (N, C), (N,) -> (N,)
+            return -F.cross_entropy(self.decoder.final_layer(x).float(), idx, reduction="none")
+
+        x, wanted = self.read(z).flatten(0, 1), idx.flatten()
         if where is not None:
             chosen = where.flatten().nonzero()[:, 0]  # the one thing that a GPU has to be waited for
             x, wanted = x[chosen], wanted[chosen]
-        rows = max(MAX_LOGITS // self.config.vocab_size, 1)
-        if len(x) <= rows:
-            log_p = self.score(x, wanted)
-        else:
-            score = functools.partial(checkpoint, self.score, use_reentrant=False, preserve_rng_state=False)
-            log_p = torch.cat([score(*part) for part in zip(x.split(rows), wanted.split(rows), strict=True)])
-        return log_p.view_as(idx) if where is None else log_p
+        found = in_chunks(log_p, self.config.vocab_size, x, wanted)
+        return found.view_as(idx) if where is None else found
 
     def likeliest(self, z):
         """The token of the largest logit at every position, with few logits at a time: (B, n, d) -> (B, n*p)."""
-        x = self.read(z)
-        rows = x.flatten(0, 1).split(max(MAX_LOGITS // self.config.vocab_size, 1))
-        return torch.cat([self.decoder.final_layer(part).argmax(-1) for part in rows]).view(x.shape[:2])
-
-    def score(self, x, idx):
-        """log p of token ids (N,) from what `read` returned (N, C)."""
-        return -F.cross_entropy(self.decoder.final_layer(x).float(), idx, reduction="none")
+        x, width = self.read(z), self.config.vocab_size
+        return in_chunks(lambda x: self.decoder.final_layer(x).argmax(-1), width, x.flatten(0, 1)).view(x.shape[:2])
 
     def new_cache(self, batch_size, max_len, encoder=False):
         """A cache for `decode`, or for `encode`, that holds max_len latents a row."""
@@ -313,9 +280,3 @@ def masked_view_loss(vae, idx, mask_ratio, generator=None):
     z = vae.encode(idx.masked_fill(masked, vae.mask_id)).sample(generator)
     log_p = vae.log_likelihood(z, idx, masked)  # (masked,), maybe none
     return -log_p.sum() / max(mask_ratio * idx.numel() if vae.training else len(log_p), 1e-9)
-
-
-@torch.no_grad()
-def token_accuracy(vae, idx):
-    """Share of tokens that argmax decode(mu) gives back.  idx (B, L)"""
-    return (vae.likeliest(vae.encode(idx).mu) == idx).float().mean().item()

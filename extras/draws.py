@@ -1,8 +1,44 @@
 """What is drawn at random in generation: the noise that a block begins with, tokens from their logits, codes from
 their weights."""
 
+import math
+import numbers
+
 import numpy as np
 import torch
+
+
+class Draws:
+    """All that is drawn for a batch of texts, block after block.
+
+    seed: of all of it; row_ids: which noise of the seed each of the n_rows draws, whatever its batch; shape: (n, d), of
+    a block; noise: (n_blocks, B, n, d), where blocks begin, instead.  Raises ValueError for what does not fit."""
+
+    def __init__(self, seed, row_ids, n_rows, shape, device, noise=None):
+        self.seed, self.row_ids = seed, list(range(n_rows) if row_ids is None else row_ids)
+        if len(self.row_ids) != n_rows or not all(isinstance(i, numbers.Integral) and i >= 0 for i in self.row_ids):
+            raise ValueError(f"row_ids must be {n_rows} integers from 0 on, one for each prompt, not {row_ids[:9]}")
+        if noise is not None:
+            wanted, given = (n_rows, *shape), tuple(getattr(noise, "shape", ()))
+            if len(given) != 4 or given[0] == 0 or given[1:] != wanted:
+                raise ValueError(f"noise must be a tensor (n_blocks, *{wanted}), not {given}")
+        self.shape, self.device, self.noise = shape, device, noise
+        self.n_blocks = math.inf if noise is None else len(noise)
+
+    def begin(self, block, rows):
+        """Go on to a block of these rows, a list; returns the noise that it begins with, (B, n, d)."""
+        self.generators = block_generators(self.seed, [self.row_ids[row] for row in rows], block)
+        if self.noise is None:
+            return self.normal()
+        return torch.as_tensor(self.noise[block])[rows].to(self.device, torch.float32)
+
+    def normal(self):
+        """From N(0, I), (B, n, d)."""
+        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
+
+    def uniform(self, n):
+        """From 0 to 1, (B, n)."""
+        return torch.stack([torch.rand(n, generator=g) for g in self.generators]).to(self.device)
 
 
 def block_generators(seed, row_ids, block):
@@ -18,11 +54,6 @@ def block_generators(seed, row_ids, block):
             state[24 : 24 + words.nbytes] = torch.from_numpy(words.view(np.uint8))
             generator.set_state(state)
     return generators
-
-
-def normal(shape, generators, device):
-    """Draws from N(0, I), for each generator of that shape: (B, *shape)."""
-    return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
 
 def penalise(logits, seen, penalty):
@@ -50,7 +81,10 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0):
 
 def pick_tokens(logits, uniform, temperature, top_k, top_p):
     """Token ids (B, L) from logits (B, L, V): the largest logit at temperature 0 (below 1e-5), else a draw from the
-    filtered distribution by inverting its cumulative sum at `uniform` (B, L), numbers in [0, 1)."""
+    filtered distribution by inverting its cumulative sum at `uniform` (B, L), numbers in [0, 1).  Raises ValueError for
+    logits that are not finite."""
+    if not logits.isfinite().all():
+        raise ValueError("the logits are not finite: the weights are damaged, or too large for this dtype")
     if temperature < 1e-5:
         return logits.argmax(-1)
     return choose(filter_logits(logits, temperature, top_k, top_p).softmax(-1), uniform)
@@ -62,3 +96,8 @@ def choose(weights, uniform):
     cumulative = weights.cumsum(-1)
     share = uniform.clamp(max=1 - 2**-20)[..., None]  # 1 would lead behind the last that has any weight
     return torch.searchsorted(cumulative, share * cumulative[..., -1:], right=True)[..., 0]
+
+
+def one_of(values, generator):
+    """One of several values, each with the same probability."""
+    return values[torch.randint(len(values), (), generator=generator, device=generator.device)]

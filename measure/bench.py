@@ -28,7 +28,6 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 import common
-import train_prior
 import train_vae
 from cola import ColaDLM
 from dit import DiT, rotate_interleaved
@@ -38,7 +37,7 @@ from flow import flow_matching_loss
 from measure.budget import decoder_flops, dit_flops, prior_step_flops, vae_step_flops
 from options import PriorOptions, VAEOptions, option, parse_options
 from tests import reference
-from transformer import apply_rope
+from transformer import apply_rope, make_layout
 from vae import TextVAE
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -161,10 +160,10 @@ def median_time(name, function, device, repeats):
 def build(o, device):
     """A ColaDLM of the preset's sizes with random weights, none of them zero."""
     sizes = VAEOptions.PRESETS.get(o.preset, {}) | dict(preset=o.preset, block_size=o.block_size)
-    vae_config = train_vae.vae_config(VAEOptions(**sizes))
+    vae_config = VAEOptions(**sizes).config()
     papers = PriorOptions.PRESETS["2b" if o.preset == "2b" else "plain"] | dict(block_size=(o.block_size,))
     prior = PriorOptions(**papers)
-    dit_config = train_prior.dit_config(prior, vae_config)
+    dit_config = prior.config(vae_config)
     with device:
         models = TextVAE(vae_config), DiT(dit_config)
     for p in models[1].parameters():
@@ -319,7 +318,7 @@ def savings(o, model, device, table, label):
     z = torch.randn(2 * B, n, c.latent_dim, device=device)
     cache = dit.new_cache(B, K)
     cache.commit(K - n)
-    alone, both = (dit.layout(n, device, cache, copies) for copies in (1, 2))
+    alone, both = (make_layout(n, dit.config.block_size, dit.rope, device, cache, copies) for copies in (1, 2))
     q, k = (torch.randn(B, c.n_head, m, c.head_dim, device=device, dtype=dtype) for m in (n, K))
     of_block, of_all = (dit.rope(torch.arange(m)[None]) for m in (n, K))
     q_line, k_line = (y.transpose(0, 1).flatten(1, 2) for y in (q, k))  # (H, B n, D) and (H, B K, D)

@@ -18,16 +18,15 @@ from dataclasses import dataclass
 
 import torch
 
-import train_prior
-import train_vae
 from common import fail, run_script
 from data import micro_batch_size
 from dit import TIME_CHANNELS, DiT, DiTConfig
+from extras.kernels import MAX_LOGITS
 from flow import clean_length
 from options import PriorOptions, VAEOptions, option, parse_options
 from released_format import load_dit_config, load_vae_config
 from training import adopt
-from vae import MAX_LOGITS, TextVAE, VAEConfig
+from vae import TextVAE, VAEConfig
 
 PEAK = 989e12  # bf16 FLOP/s of an H100, for orientation
 STATE_BYTES = 16  # of one trained parameter in fp32: weight, gradient and two moments of AdamW
@@ -165,7 +164,7 @@ def main():
     if stage == "vae":
         o, given = parse_options(VAEBudget, __doc__, argv)
         o = adopt(o, given, load_vae_config(o.init)) if o.init else o
-        report(o, load_vae_config(o.init) if o.init else train_vae.vae_config(o))
+        report(o, load_vae_config(o.init) if o.init else o.config())
     elif stage == "prior":
         o, given = parse_options(PriorBudget, __doc__, argv)
         if o.chat:
@@ -174,7 +173,7 @@ def main():
         o.n_codes = 0 if o.joint else o.n_codes  # as train_prior.py has it
         o.vae = o.init if o.init and "vae" not in given else o.vae
         vae = VAEConfig() if o.preset == "2b" and not given & {"vae", "init"} else load_vae_config(o.vae)
-        report(o, vae, load_dit_config(o.init) if o.init else train_prior.dit_config(o, vae))
+        report(o, vae, load_dit_config(o.init) if o.init else o.config(vae))
     elif stage in ("-h", "--help"):
         print(f"{__doc__}\nThe options: python -m measure.budget prior --help")
     else:

@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 import data
-from cola import RELEASED, ColaDLM
+from cola import ColaDLM
 from common import (
     check_new,
     collect,
@@ -40,10 +40,10 @@ from common import (
     sampling_precision,
 )
 from extras.compiled import CompiledColaDLM
-from flow import solve, velocity_error, velocity_of_all_blocks
+from flow import flow_matching_loss, solve, velocity_of_all_blocks
 from measure import benchmarks, judge
 from measure.likelihood import LogWeights, log_weights
-from options import TextOptions, flag, option, parse_options
+from options import RELEASED, TextOptions, flag, option, parse_options
 from released_format import weight_files
 from training import own_data
 from vae import Posterior
@@ -192,7 +192,8 @@ def compression(report, model, idx, seed):
     """How much does the latent hold?  idx (N, L)"""
     p, N = model.vae.config.patch_size, len(idx)
     mu, logvar = in_batches(lambda x: torch.stack([(q := model.vae.encode(x)).mu, q.logvar], 1), idx).unbind(1)
-    kl = Posterior(mu, logvar).kl_by_channel()  # (N, n, d)
+    channels = zip(mu.split(1, dim=-1), logvar.split(1, dim=-1), strict=True)
+    kl = torch.stack([Posterior(*channel).kl() for channel in channels], dim=-1)  # (N, n, d)
 
     name = "compression"
     report.add(name, "KL", jackknife(lambda i: kl[i].sum(-1).mean() / p, N), N, "nats/token")
@@ -252,8 +253,9 @@ def prior_fit(report, model, idx, before, corpus, settings, seed):
         return x.unflatten(1, (-1, block_size)).flatten(0, 1)
 
     def error(z0, z1, t):  # (B, 2): with history, and without
-        with_history = velocity_error(dit, z0, z1, t).mean(1)
-        without = velocity_error(dit, alone(z0), alone(z1), t.repeat_interleave(z0.shape[1] // block_size))
+        with_history = flow_matching_loss(dit, z0, z1, t, reduce=False).mean(1)
+        t = t.repeat_interleave(z0.shape[1] // block_size)
+        without = flow_matching_loss(dit, alone(z0), alone(z1), t, reduce=False)
         return torch.stack([with_history, without.unflatten(0, (len(z0), -1)).mean((1, 2))], dim=1)
 
     errors = torch.stack([in_batches(error, z0, z1, start + 0.1 * u) for start in bins])  # (10, N, 2)

@@ -42,9 +42,6 @@ class Autoregressive(nn.Module):
         self.head = nn.Linear(dim, vocab_size)
         nn.init.normal_(self.embed.weight, std=0.02)
 
-    def hidden_matrices(self):
-        return [p for p in self.blocks.parameters() if p.dim() == 2]
-
     def rope(self, pos):
         return half_rope(pos, self.head_dim, 10000.0, pos.device)
 

@@ -150,9 +150,10 @@ class Model:
         state.text[0] += ids[0]
         for i, text in enumerate(self.blocks):
             state.dit_cache.length = [len(state.text[0])]
-            state.text[0] += self.tokenizer.encode(text, allowed_special="all")
-            new = self.tokenizer.encode(text, allowed_special="all")
-            yield cola.Block(None, [new], i == len(self.blocks) - 1, [0])
+            new, ends = self.tokenizer.encode(text, allowed_special="all"), data.end_ids(settings["eos_id"])
+            state.text[0] += new
+            end = next((k for k, token in enumerate(new) if token in ends), None)
+            yield cola.Block(None, [new[:end]], i == len(self.blocks) - 1, [0])
 
     def answer(self, text, eos_id=None):
         return "".join(chat.answer(self, self.state, text, ["User:"], dict(max_new_tokens=99, eos_id=eos_id)))

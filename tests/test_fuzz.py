@@ -208,8 +208,7 @@ def prompts(rng, folder):
     encoding = data.load_tokenizer(str(folder / "tokenizer.json"))
     for ids in data.prompt_ids(encoding, some):
         data.decode_bytes(encoding, ids)
-        writer = data.Writer(encoding, encoding.eot_token, 99)
-        writer.write(ids, True).encode()
+        data.TextStream(encoding).write(ids, last=True).encode()
 
 
 def sampling(rng, folder):

@@ -24,12 +24,13 @@ import cola
 import data
 import released_format
 import sample
-from cola import ColaDLM, Writer
+from cola import ColaDLM
 from dit import DiT, DiTConfig
 from extras import compiled, draws
 from extras.compiled import CompiledColaDLM
 from flow import solver_times, velocity_of_all_blocks
-from options import SamplingOptions
+from options import RELEASED, SamplingOptions
+from transformer import make_layout
 
 FILES = ("config.json", "model.safetensors")
 PROMPTS = [[1, 2, 3], [], [4] * 9, [5] * 8]
@@ -201,11 +202,17 @@ def test_end_of_text_ends_its_own_row_only(model):
     assert cut[2] != free[2]
 
 
-def test_an_end_of_text_predicted_on_a_prompt_position_does_not_count():
-    writer = Writer(None, eos_id=7, limit=4)
-    assert writer.write([1, 2]) == [1, 2] and not writer.done
-    assert writer.write([3, 7, 4]) == [3] and writer.done
-    assert writer.write([5]) == []
+def test_where_a_text_ends():
+    """At a limit or before one of several ids; what stands on positions of the prompt does not count.  The text that is
+    kept has the id that ended it."""
+    state = cola.Generation([0, 2, 3], None, None, n_known=[1, 0, 0], text=[[8], [], []])
+    left, z = [3, 0, 2, 9], torch.zeros(3, 4, d)
+    tokens = torch.tensor([[7, 1, 2, 3], [1, 2, 7, 4], [1, 9, 7, 2]])
+    assert state.add(z, tokens, {7, 9}, left) == [[1, 2, 3], [1, 2], [1]]
+    assert left == [0, 0, 0, 0] and state.text == [[8, 1, 2, 3], [1, 2], [1, 9]] and state.last_z is z
+    assert state.add(z, torch.tensor([[1] * 4] * 3), {7}, left) == [[], [], []]  # rows that wait for others
+    state, left = cola.Generation([0], None, None, n_known=[0], text=[[]]), [9]
+    assert state.add(z, torch.tensor([[1, 7, 9, 2]]), set(), left) == [[1, 7, 9, 2]] and left == [5]
 
 
 def test_text_in_text_out(speaking_model):
@@ -240,9 +247,10 @@ def same_noise(rows):
 
 
 def test_a_character_may_span_two_blocks():
-    writer = Writer(data.train_bpe(["ab"], 258), None, 10)
+    stream = data.TextStream(data.train_bpe(["ab"], 258))
     first, second = "é".encode()
-    assert (writer.write([97, first]), writer.write([second, 98])) == ("a", "éb")
+    assert (stream.write([97, first]), stream.write([second, 98])) == ("a", "éb")
+    assert stream.write([first], last=True) == "\ufffd"
 
 
 def test_guidance(model, generated_latents):
@@ -254,7 +262,7 @@ def test_guidance(model, generated_latents):
 
 
 def test_drawn_tokens_follow_the_distribution():
-    logits = torch.log(torch.tensor([0.5, 0.0, 0.3, 0.2])).expand(1, 100_000, 4)
+    logits = torch.log(torch.tensor([0.5, 1e-30, 0.3, 0.2])).expand(1, 100_000, 4)
     uniform = torch.rand(1, 100_000, generator=torch.Generator().manual_seed(0))
     share = draws.pick_tokens(logits, uniform, 1.0, 0, 1.0)[0].bincount(minlength=4) / 100_000
     torch.testing.assert_close(share, torch.tensor([0.5, 0.0, 0.3, 0.2]), atol=0.01, rtol=0)
@@ -349,7 +357,7 @@ def test_no_two_blocks_have_the_same_noise():
     blocks = [(0, 0, 0), (0, 0, 1), (0, 10_000, 0), (0, 1, 0), (1000, 0, 0), (0, 2**32, 0), (0, 0, 429), (0, 0, 430)]
     blocks += [(4_290_000_000 - 2**31, 0, 0), (1000, 1, 0), (2000, 0, 0), (1000, 0, 1), (1000, 2**32, 0)]
     blocks += [(704, 5032, 0), (0, 10_000, 1), (0, 20_000, 0)]  # 5032704 = 430 * 10^7 - 2^32
-    drawn = [draws.normal((4,), draws.block_generators(seed, [row], b), "cpu") for seed, row, b in blocks]
+    drawn = [draws.Draws(seed, [row], 1, (2, 2), "cpu").begin(b, [0]) for seed, row, b in blocks]
     assert len(set(map(str, torch.stack(drawn).tolist()))) == len(blocks)
 
 
@@ -685,7 +693,7 @@ def test_blocks_of_every_size_have_the_velocity_of_training():
         cache = dit.new_cache(2, n)
         for start in range(0, n, size):
             block = slice(start, start + size)
-            layout = dit.layout(size, "cpu", cache, block_size=size)
+            layout = make_layout(size, size, dit.rope, "cpu", cache)
             v = dit(zt[:, block], t, None, layout, cache)
             torch.testing.assert_close(v, wanted[:, block], atol=1e-5, rtol=1e-4)
             dit(clean[:, block], torch.zeros(1), None, layout, cache)
@@ -783,17 +791,10 @@ def test_what_training_had_not_is_reported(trained, monkeypatch, capsys):
         assert err.startswith(wanted) and err.count("\n") == bool(wanted)
 
 
-def test_a_text_may_end_in_several_ways():
-    writer = Writer(None, eos_id=(7, 9), limit=9)
-    assert writer.write([1, 2, 9, 7]) == [1, 2] and writer.done
-    writer = Writer(None, eos_id=None, limit=9)
-    assert writer.write([1, 7, 9]) == [1, 7, 9] and not writer.done
-
-
 def test_the_default_guidance_of_a_block_size():
     """The scripts guide blocks of one less; the library has the released 7 for all."""
     options = SamplingOptions()
-    assert [options.guidance(size) for size in (1, 2, 16)] == [4.0, 7.0, 7.0] and cola.RELEASED.guidance(1) == 7.0
+    assert [options.guidance(size) for size in (1, 2, 16)] == [4.0, 7.0, 7.0] and RELEASED.guidance(1) == 7.0
     assert SamplingOptions(cfg_scale=2.5).guidance(1) == SamplingOptions(cfg_scale=2.5).guidance(4) == 2.5
 
 

@@ -20,6 +20,7 @@ import training
 from chat import PROMPT, RESPONSE
 from flow import flow_matching_loss
 from options import PriorOptions, VAEOptions
+from transformer import make_layout
 
 B, L, P = 3, 4 * BLOCK, 2  # rows, tokens, tokens of a latent
 VAE_TERMS = dict(beta=0.7, mask_weight=0.3, mask_ratio=0.4, decoder_noise=0.6)
@@ -74,6 +75,7 @@ def flow_matching(dit, z, o, generator):
     """L_FM block by block, without the layout of training: each noisy block after its clean history, in the cache."""
     n = z.shape[1]
     size = o.block_size[torch.randint(len(o.block_size), (), generator=generator)]
+    torch.randint(len(o.stagger), (), generator=generator)
     shape = (B, n // size) if o.block_times else (B, 1)
     t = torch.sigmoid(o.t_loc + o.t_scale * torch.randn(shape, generator=generator)).expand(B, n // size)
     z1 = torch.randn(z.shape, generator=generator)
@@ -89,13 +91,14 @@ def flow_matching(dit, z, o, generator):
         sequence = torch.cat([clean[:, : b * size], zt], 1)
         is_clean = torch.cat([torch.ones(B, b * size, dtype=torch.bool), prompt], 1)
         each = torch.where(is_clean, 0.0, t[:, b, None])  # a time of its own for every position
-        layout = dit.layout(sequence.shape[1], "cpu", block_size=size)
+        layout = make_layout(sequence.shape[1], size, dit.rope, "cpu")
         v = dit(sequence, each, torch.arange(sequence.shape[1])[None], layout)[:, b * size :]
         errors.append((v - (z1[:, block] - clean[:, block])).square().mean(-1)[~prompt])
     return torch.cat(errors).sum() / (B * n * (1 - o.prompt_prob / 2))  # by the number expected
 
 
 PRIOR = dict(t_loc=-0.5, t_scale=0.8, prompt_prob=0.6, block_size=(BLOCK, 2), n_codes=0, self_conditioning=False)
+PRIOR |= dict(stagger=(0.0,))
 
 
 @pytest.mark.parametrize("block_times", [True, False])
@@ -115,15 +118,15 @@ def test_codes_count_in_training_alone():
     vae, dit, idx = small_vae().requires_grad_(False), small_dit(n_codes=5), tokens()
     o = PriorOptions(**PRIOR | dict(prompt_prob=0.0, block_size=(BLOCK,), n_codes=5))
     objective = train_prior.PriorObjective(o, torch.nn.ModuleDict(dict(dit=dit)), vae)
-    generator = torch.Generator().manual_seed(0)
-    z0 = draw(vae.encode(idx), generator)
-    torch.randint(1, (), generator=generator)
-    t = torch.sigmoid(-0.5 + 0.8 * torch.randn((B, z0.shape[1] // BLOCK), generator=generator))
-    z1 = torch.randn(z0.shape, generator=generator)
-    plain, both = (flow_matching_loss(dit, z0, z1, t, code_weight=weight) for weight in (0.0, 1.0))
-    for learning, wanted in [(True, both), (False, plain)]:
+    for learning in (True, False):
+        generator = torch.Generator().manual_seed(0)
+        z0 = draw(vae.encode(idx), generator)
+        for _ in range(1 + learning):  # of a block size, a stagger
+            torch.randint(1, (), generator=generator)
+        t = torch.sigmoid(-0.5 + 0.8 * torch.randn((B, z0.shape[1] // BLOCK), generator=generator))
+        z1 = torch.randn(z0.shape, generator=generator)
         loss, _ = objective.train(learning)(idx, torch.Generator().manual_seed(0))
-        torch.testing.assert_close(loss, wanted)
+        torch.testing.assert_close(loss, flow_matching_loss(dit, z0, z1, t, code_weight=float(learning)))
 
 
 @pytest.mark.parametrize("is_chat", [False, True])
