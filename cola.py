@@ -93,7 +93,7 @@ class ColaDLM(nn.Module):
     ):  # fmt: skip
         """The block generator: yield a `Block` of latents and tokens at a time, until no row needs another.
 
-        ids: a list of token ids for every row.
+        ids: a list of token ids for every row, which may be empty.
         max_new_tokens, eos_id: a row needs no other block once it has so many new tokens, or this one.  Rows that are
         finished leave the batch together, when they are a quarter of it.
         pad_id: fills the prompt's last block for the encoder (where, in the released model, it matters); default the
@@ -154,9 +154,9 @@ class ColaDLM(nn.Module):
 
     @torch.no_grad()
     def prefill(self, ids, max_new_tokens=64, pad_id=None, block_size=0, state=None):
-        """The `Generation` of prompts, with room for max_new_tokens.  ids: a list of token ids for every row, which may
-        be empty.  state: a Generation of one row that they continue; what it has latents of keeps them.
-        Raises ValueError for ids outside the vocabulary, and if a state has no room left."""
+        """The `Generation` of prompts, with room for max_new_tokens.  ids, pad_id, block_size: of `generate_blocks`.
+        state: a Generation of one row, of the same block size, that they continue; what it has latents of keeps them.
+        Raises ValueError for other states, for one without room, and for ids outside the vocabulary."""
         c = self.vae.config
         block_size, p = block_size or self.dit.config.block_size, c.patch_size
         pad_id = c.vocab_size - 1 if pad_id is None else pad_id
@@ -192,14 +192,14 @@ class ColaDLM(nn.Module):
         mu = [self.vae.encode(part, cache).mu for part in padded.split(step * p, dim=1)]
         prompt_z = self.vae.to_dit(torch.cat(mu, dim=1))  # (B, n, d)
         start = int(state.dit_cache.length[0])  # 0, if this is the beginning
-        state.vae_cache.length = state.dit_cache.length  # which may have read one block less
+        state.vae_cache.length = state.dit_cache.length  # which may lack the last block, still unread
         if n_old > start:  # the last block was not finished
             prompt_z[:, start:n_old] = state.last_z[:, : n_old - start]
         while start < end:
             history = prompt_z[:, start : min(start - start % step + step, end)]
             layout = make_layout(history.shape[1], block_size, self.dit.rope, self.device, state.dit_cache)
             self.dit(history, torch.zeros(1, device=self.device), None, layout, state.dit_cache)
-            self.vae.read(history, state.vae_cache, n_history)
+            self.vae.read(history, state.vae_cache, n_history)  # to fill the cache
             state.dit_cache.commit(history.shape[1])
             state.vae_cache.commit(history.shape[1])
             start += history.shape[1]
@@ -217,7 +217,7 @@ class ColaDLM(nn.Module):
         eta, noise: of `flow.solve`; solver: its, or "draw" (`Codebook.draw`); on_step(z, t): called after every step.
 
         "Clean repaint": latents that the prompt determines are clean (time 0) and do not move.
-        Rows without a history are not guided, as released (an open prompt could be one); "draw" guides all."""
+        Rows without a history are not guided, as released (known latents could be one); "draw" guides all."""
         n, cache, is_known, codes = z1.shape[1], state.dit_cache, state.is_known, self.dit.codebook
         if (draw := solver == "draw") and codes is None:
             raise ValueError("the solver draw takes a prior with codes: this one has none")
@@ -239,8 +239,8 @@ class ColaDLM(nn.Module):
 
         def guided_velocity(z, t):
             # What the solver integrates: guided, or towards a drawn code.  Both branches are in one batch; the second
-            # half has no rows in the cache, hence no history.  How that is trained without ever dropping the history:
-            # the first block of every training window has none.
+            # half has no rows in the cache, hence no history, like the first block of every window in training: rotary
+            # attention knows differences of positions alone, so a block without history is the same anywhere.
             nonlocal estimate, layout
             z = pinned(z).repeat(copies, 1, 1)
             if estimate is not None and isinstance(t, torch.Tensor):  # a latent that has arrived is its own
@@ -267,7 +267,7 @@ class ColaDLM(nn.Module):
             if estimate is not None:  # for the next step, of each branch its own
                 estimate = z - t * v
             if draw:
-                return codes.draw(v, log_w, z, t, cfg_scale, torch.special.ndtr(noise()[..., 0]))
+                return codes.draw(v, log_w, z, t, cfg_scale, torch.special.ndtr(noise()[..., 0]))  # one draw is enough
             if copies == 1:
                 return v
             v, u = v.chunk(2)  # with history, and without
@@ -304,7 +304,7 @@ class Generation:
     unread: torch.Tensor | None = None  # the same, if it is finished but not yet in the dit_cache
     is_known: torch.Tensor | None = None  # bool (B, block_size): latents of those tokens
     known_z: torch.Tensor | None = None  # (B, block_size, d), in the units of the DiT
-    times: dict = field(default_factory=dict)  # of the solver: {t: `dit.embed_times` of [0, *t]}
+    times: dict = field(default_factory=dict)  # of the solver: {t: `DiT.embed_times` of [0, *t]}
 
     def new_tokens(self, tokens):
         """The ids of a decoded block (B, L), those of the prompt excepted: a list for each row."""

@@ -5,9 +5,9 @@ Attention is bidirectional inside a block of latents and causal across blocks (E
 as a whole, given the finished blocks before it.  Tokens never appear here.
 
 The time enters through adaLN-Zero: every block has its LayerNorms shifted and scaled, and its two branches gated, by
-linear functions of a time embedding.  A sequence holds few times, 0 where latents are clean and t where they are noisy
-(one t, one for every block or, with a stagger, for every latent), so the modulation is computed once per distinct time,
-not per position (that would be a third of all block FLOPs).
+linear functions of a time embedding (arXiv:2212.09748).  They are computed once per time of a row, 0 where latents are
+clean and t where they are noisy: one t, one for every block or, with a stagger, for every latent.  Per position they
+would be a third of all FLOPs.  (Names are the released ones: txt_ is the stream of latents.)
 
 Two parts are ours and not the paper's, and off in released models: with n_codes above 0, a `Codebook` adds to the
 velocity (extras/codebook.py); with self_conditioning, the network also sees its own last estimate of z0.
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from common import check_sizes
 from extras.codebook import Codebook
-from extras.kernels import run_block
+from extras.kernels import run_layer
 from transformer import KVCache, apply_rope, attend, make_layout, rope_freqs
 
 TIME_CHANNELS = 256
@@ -65,7 +65,8 @@ def rotate_interleaved(x):
 
 
 class TimeEmbedding(nn.Module):
-    """t in [0, 1] -> e: 256 sines and cosines of 1000 t, then three linear layers with SiLU between."""
+    """t in [0, 1] -> e: 256 sines and cosines of 1000 t, then three linear layers with SiLU between.  The wavelengths
+    are those of diffusion models with 1000 steps; between 0 and 1 most of them would hardly move."""
 
     def __init__(self, dim):
         super().__init__()
@@ -155,7 +156,7 @@ def modulate(x, shift, scale):
 class DiT(nn.Module):
     """v = DiT(z_t, t), the velocity dz/dt of the probability flow."""
 
-    checkpointing = False  # see `kernels.run_block`
+    checkpointing = False  # see `extras.kernels.run_layer`
 
     def __init__(self, config):
         super().__init__()
@@ -221,7 +222,7 @@ class DiT(nn.Module):
         if estimate is not None:
             x = x + self.estimate_in(estimate.to(x.dtype))
         for i, block in enumerate(self.blocks):
-            x = run_block(block, self.checkpointing, x, modulation[:, :, 6 * i : 6 * i + 6], time_index, layout, cache)
+            x = run_layer(block, self.checkpointing, x, modulation[:, :, 6 * i : 6 * i + 6], time_index, layout, cache)
         if n_out is not None:
             x, z = x[:, -n_out:], z[:, -n_out:]
             time_index = time_index if time_index is None else time_index[:, -n_out:]

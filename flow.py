@@ -4,8 +4,8 @@ Data sit at t = 0 and noise at t = 1 (several other libraries have it the other 
 
     z_t = (1 - t) z0 + t z1,    z1 ~ N(0, I),    velocity v = dz/dt = z1 - z0
 
-so generation integrates the velocity from t = 1 down to t = 0 (Eq. 3.2).  The network is shown 1000 t: its sines and
-cosines have the wavelengths of diffusion models with 1000 steps, and between 0 and 1 most of them would hardly move.
+That is the velocity of one pair.  The squared error is smallest for the mean E[z1 - z0 | z_t, history], whose ODE
+carries N(0, I) to the data: generation integrates it from t = 1 down to t = 0 (Eq. 3.2).
 """
 
 from itertools import pairwise
@@ -54,8 +54,8 @@ def flow_matching_loss(dit, z0, z1, t, prompt=None, valid=None, block_size=None,
     count: what the sum over latents is divided by; None: how many carry loss.  A number that does not depend on what
     was drawn, such as the one expected, makes the loss of a batch the same however it is cut into passes.
     code_weight: for a prior with a `Codebook`, adds code_weight times -log w(z_t) of the code nearest to z0, in nats
-    per latent.  Both have the same minimum, the true distribution of codes, but the logarithm is found faster.
-    Returns the mean squared velocity error per channel, a scalar, or with reduce=False that of every latent, (B, n).
+    per latent.  The true distribution of codes has the lowest of both, but the logarithm finds it faster.
+    Returns the mean squared velocity error per channel, and that term; with reduce=False, of every latent, (B, n).
 
     History and target are constants.  In joint training the gradient reaches the encoder through z_t alone: otherwise
     it could lower the loss by moving its own target, or by writing into the history what the next block will be.
@@ -64,18 +64,18 @@ def flow_matching_loss(dit, z0, z1, t, prompt=None, valid=None, block_size=None,
     velocity."""
     clean = z0.detach()
     is_clean = torch.zeros_like(z0[..., 0], dtype=torch.bool) if prompt is None else prompt
-    counts = ~is_clean if valid is None else valid & ~is_clean
+    has_loss = ~is_clean if valid is None else valid & ~is_clean
     if t.shape == z0.shape[:2]:  # a time for every latent
-        is_clean, counts = is_clean | (t == 0), counts & (t > 0)
+        is_clean, has_loss = is_clean | (t == 0), has_loss & (t > 0)
     zt = torch.where(is_clean[..., None], clean, torch.lerp(z0, z1, at_latents(t, z0)))
     estimate = own_estimate(dit, clean, zt, t, is_clean, block_size) if dit.config.self_conditioning else None
     v = velocity_of_all_blocks(dit, clean, zt, t, is_clean, block_size, estimate, with_codes=code_weight > 0)
     v, log_w = v if code_weight > 0 else (v, None)
-    error = (v - (z1 - clean)).square().mean(-1)  # (B, n)
+    loss = (v - (z1 - clean)).square().mean(-1)  # (B, n)
     if code_weight > 0:
-        error = error - code_weight * log_w.gather(-1, dit.codebook.nearest(clean)[..., None])[..., 0]
-    error = error * counts
-    return error.sum() / (counts.sum().clamp(min=1) if count is None else count) if reduce else error
+        loss = loss - code_weight * log_w.gather(-1, dit.codebook.nearest(clean)[..., None])[..., 0]
+    loss = loss * has_loss
+    return loss.sum() / (has_loss.sum().clamp(min=1) if count is None else count) if reduce else loss
 
 
 @torch.no_grad()
@@ -91,7 +91,7 @@ def own_estimate(dit, clean, zt, t, is_clean, block_size=None):
 
 
 def time_of_latents(t, n):
-    """Which of its times t (B,) or (B, T) each of a row's n latents has, (n,): the only one, or that of its T-th."""
+    """Which of its times t (B,) or (B, T) each of a row's n latents has, (n,): T equal runs of them share one each."""
     return torch.arange(n, device=t.device) * t[0].numel() // n
 
 
@@ -161,8 +161,8 @@ def solve(velocity, z, times, solver="euler", eta=0.0, noise=None, watch=None):
     run to t = 0 evaluates at 0 as well).  watch(z, t): called after every step.
     eta: above 0, for times that go down, every step puts fresh noise, noise() of the shape of z (default: the global
     generator's), in place of a part of the old, as much as in DDIM (arXiv:2010.02502, Eq. 16): with 1, the ancestral
-    sampler of DDPM.  All times keep the distribution that the flow gives them, and errors of earlier steps are
-    forgotten."""
+    sampler of DDPM.  With many steps, all times keep the distribution that the flow gives them, and errors of earlier
+    steps are forgotten."""
     if solver not in ("euler", "heun"):
         raise ValueError(f"solver {solver} must be euler or heun")
     for t, following in pairwise(times):
@@ -172,7 +172,7 @@ def solve(velocity, z, times, solver="euler", eta=0.0, noise=None, watch=None):
             v = (v + velocity(z + dt * v, following)) / 2
         if eta > 0:
             z0, z1 = z - t * v, z + (1 - t) * v  # the data and the noise of this velocity
-            kept = (1 - t) / t * following / (1 - following)  # signal/noise now over that of the next time, below 1
+            kept = (1 - t) / t * following / (1 - following)  # signal/noise now over the next; NaN for what stays
             fresh = eta * (1 - kept**2) ** 0.5
             new = noise() if noise else torch.randn_like(z)
             moved = (1 - following) * z0 + following * ((1 - fresh**2) ** 0.5 * z1 + fresh * new)

@@ -39,11 +39,14 @@ class TrainingOptions:
     precision: str = option("auto", "of matrix products; weights stay fp32", choices=("auto", "fp32", "bf16"))
 
 
-VAE_PARTS = ("all", "decoder", "final_layer")
+VAE_PARTS = dict(all="", decoder="decoder", final_layer="decoder.final_layer")  # begin the names of parameters
 PAPER = dict(  # what both stages of the paper's model share
     batch_size=1408, micro_batch=16, seq_len=512, save_every=1000, optimizer="adamw", lr=1.5e-4, final_lr=1e-5,
     warmup=5000, decay=1.0, decoder_noise=0.0, checkpointing=True,
 )  # fmt: skip
+
+
+PLAIN = dict(block_times=False, stagger=(0.0,))  # one time for all latents of a row
 
 
 def sizes(config, *names):
@@ -69,7 +72,9 @@ class VAEOptions(TrainingOptions):
     latent_dim: int = option(32, "channels of a latent", low=2)
     patch_size: int = option(1, "tokens per latent", low=1)
     block_size: int = option(1, "latents that see each other in both directions; 1: a causal VAE", low=1)
-    vae_part: str = option("all", "what is trained; a prior stays valid unless the encoder is", choices=VAE_PARTS)
+    vae_part: str = option(
+        "all", "what is trained; a prior stays valid unless the encoder is", choices=tuple(VAE_PARTS)
+    )
     # objective
     beta: float = option(1e-4, "weight of the KL to N(0, I), in nats per token", low=0.0)
     mask_weight: float = option(0.5, "weight of the masked-view loss", low=0.0)
@@ -118,10 +123,10 @@ class PriorOptions(TrainingOptions):
     t_loc: float = option(1.0, "times are sigmoid(N(t_loc, t_scale)); the paper: 1 for d = 16, 1.7 for 64, 2.3 for 128")
     t_scale: float = option(1.0, hidden=True)
     stagger: tuple = option(
-        (0.0,), "as in sample.py, drawn in each pass; held-out losses take the first", low=0.0, high=1.0
+        (0.0, 0.5, 1.0, 1.0), "as in sample.py, drawn in each pass; held-out losses take the first", low=0.0, high=1.0
     )
     block_times: bool = option(True, hidden=True)  # a time for every block of several latents; the paper: every row
-    prompt_prob: float = option(0.05, hidden=True)  # share of blocks that keep a random clean prefix, a prompt
+    prompt_prob: float = option(0.05, hidden=True)  # share of blocks that keep a random clean prefix, a prompt (ours)
     joint: bool = option(False, "train the VAE along, held near its stage-1 encoder")
     vae_weight: float = option(1.0, hidden=True)  # joint: of the VAE's terms; that of the flow-matching loss is 1
     ref_weight: float = option(1.0, hidden=True)  # joint: of KL(q || q_ref), per token, to the frozen encoder
@@ -144,10 +149,11 @@ class PriorOptions(TrainingOptions):
     decoder_noise: float = option(VAEOptions.decoder_noise, hidden=True)
 
     PRESETS: ClassVar = {
-        "plain": dict(block_size=(1,), n_codes=0, self_conditioning=False, block_times=False, steps=2000),
+        "plain": PLAIN | dict(block_size=(1,), n_codes=0, self_conditioning=False, steps=2000),
         "2b": PAPER
         | sizes(DiTConfig, "dim", "n_head", "n_layer", "n_codes", "self_conditioning")
-        | dict(block_size=(DiTConfig.block_size,), block_times=False, joint=True)
+        | PLAIN
+        | dict(block_size=(DiTConfig.block_size,), joint=True)
         | dict(steps=1_000_000, ema=0.0),  # the paper evaluates the weights themselves; released: step 300,000
     }
 
@@ -175,7 +181,7 @@ class SamplingOptions:
 
     block_size: a prior trained with several sizes writes with each.  Where a block ends inside one of the VAE's, as in
     the released chat, the decoder sees that one unfinished.
-    steps, solver, grid, eta, stagger: from noise to latent, see `flow.solve`, `flow.solver_times`, `extras.stagger`.
+    steps, solver, grid, eta, stagger: from noise to latent, see `flow.solve`, `flow.solver_times`, extras/stagger.py.
     "draw", for a prior with codes, draws one of them in every step: `Codebook.draw`.  With a stagger, steps are laid
     over the whole block, so those before the end of a prompt inside it move nothing.
     cfg_scale: guidance u + s (c - u), with history over without, where there is any; for "draw", in every block,

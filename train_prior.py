@@ -36,8 +36,8 @@ CODE_WEIGHT = 1.0  # of the cross-entropy of the codes, in training; what the ba
 class PriorObjective(nn.Module):
     """The stage-2 objective as a forward pass, because DDP and FSDP hook into that.
 
-    models: what is trained, dit and, with o.joint, vae.  frozen: the stage-1 VAE, which encodes the text or, in joint
-    training, is the reference; no submodule, so neither trained nor sharded.  answer_len: of an answer, the mean."""
+    models: dit and, with o.joint, vae.  frozen: the stage-1 VAE, which encodes the text or, in joint training, is the
+    reference; no submodule, so neither trained nor sharded.  answer_len: of answers, for o.chat, the mean in tokens."""
 
     def __init__(self, o, models, frozen, answer_len=0.0):
         super().__init__()
@@ -50,7 +50,7 @@ class PriorObjective(nn.Module):
         vae = self.models.vae if o.joint else reference
         idx, parts = idx.unbind(1) if o.chat else (idx, None)
 
-        # Tokens to latents.  The prior has to cover the posterior, not its means, so it learns from samples.
+        # Tokens to latents: samples, for the prior has to cover the posterior.  (Prompts are means, as released.)
         with torch.set_grad_enabled(o.joint and torch.is_grad_enabled()):
             posterior = vae.encode(idx)
             z = posterior.sample(generator)
@@ -67,11 +67,11 @@ class PriorObjective(nn.Module):
             prompt, valid = parts == PROMPT, parts != PADDING
             alone = vae.encode(idx.masked_fill(~prompt, vae.config.vocab_size - 1))
             z0 = torch.where(prompt[..., None], vae.to_dit(alone.mu), z0)
-            count = B * self.answer_len * share_with_loss(block_size, stagger, 0.0)
+            count = B * self.answer_len * share_with_loss(block_size, stagger, 0.0)  # latents with loss, as expected
         else:
             prompt, valid = simulated_prompts(B, n, block_size, o.prompt_prob, generator, z0.device), None
             count = B * n * share_with_loss(block_size, stagger, o.prompt_prob * (block_size > 1))
-        weight, count = CODE_WEIGHT if self.training and o.n_codes else 0.0, count if self.training else None
+        weight, count = (CODE_WEIGHT * (o.n_codes > 0), count) if self.training else (0.0, None)
         fm = flow_matching_loss(dit, z0, z1, t, prompt, valid, block_size, weight, count)
         if not o.joint:
             return fm, {}
@@ -112,7 +112,7 @@ def main():
     # What is trained, its moving average and its optimizer; new or as they were.
     torch.manual_seed(o.seed)
     dit = (load_dit(o.init, device) if o.init and not o.resume else DiT(config)).to(device)
-    dit.config = config
+    dit.config = config  # its block_size and t_loc are this run's
     if o.n_codes and not o.init and not o.resume:
         idx = data.even_batch(corpus.train, max(CODE_TOKENS // o.seq_len, 1), o.seq_len)
         fit_codes(dit.codebook, vae, idx.to(device))

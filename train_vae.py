@@ -19,13 +19,12 @@ from tqdm import tqdm
 import common
 import data
 from extras.kernels import compile_blocks
-from options import VAEOptions, flag, parse_options
+from options import VAE_PARTS, VAEOptions, flag, parse_options
 from released_format import find_tokenizer, load_vae, load_vae_config
 from training import Run, adopt, held_out_loss, open_text, train
 from vae import TextVAE, masked_view_loss, reconstruction_loss
 
 LOW_SNR = 0.5  # 3.5 to 4 is usual; 0 is where a new VAE begins, and where the posterior collapses to N(mu, 1)
-PARTS = dict(all="", decoder="decoder", final_layer="decoder.final_layer")  # names of --vae-part, of parameters
 
 
 class VAEObjective(nn.Module):
@@ -75,7 +74,7 @@ def main():
     torch.manual_seed(o.seed)
     vae = (load_vae(start, device) if o.init and not o.resume else TextVAE(config)).to(device)
     for name, p in vae.named_parameters():
-        p.requires_grad_(name.startswith(PARTS[o.vae_part]))
+        p.requires_grad_(name.startswith(VAE_PARTS[o.vae_part]))
     vae.checkpointing = o.checkpointing
     if o.compile:
         compile_blocks(vae)

@@ -226,7 +226,7 @@ def take_over(options, given):
     if options.init:
         options.vae = options.vae if "vae" in given else options.init
         saved = saved_options(options.init)
-        options.stagger = options.stagger if "stagger" in given else saved.get("stagger", options.stagger)
+        options.stagger = options.stagger if "stagger" in given else saved.get("stagger", (0.0,))
         options = adopt(options, given, load_dit_config(options.init), free=("block_size", "t_loc"))
         if "block_size" not in given:  # the configuration has the first alone
             sizes = saved.get("block_size", ())

@@ -26,7 +26,7 @@ def block_mask(q_block, k_block, q_noisy=None, k_noisy=None):
 
 
 class KVCache:
-    """Rotated keys and values of the history, allocated once for `max_len` positions a row.
+    """Keys (rotated) and values of the history, allocated once for `max_len` positions a row.
 
     Rows may have histories of different lengths (`length`, kept on the CPU, so reading it never waits for a GPU).
     A forward pass writes its own keys and values behind the history of each row; they are scratch, overwritten by the
@@ -41,11 +41,11 @@ class KVCache:
 
     @property
     def ragged(self):
-        """Whether histories differ in length: a mask then has to hide what stands behind the end of a row."""
+        """Whether a mask has to hide what stands behind the end of a row: do histories differ in length?"""
         return bool((self.length != self.length[0]).any())
 
     def reach(self, end):
-        """How many positions attention reads if `end` are in use."""
+        """How many positions attention reads if `end` are in use (more in extras/compiled.py)."""
         return end
 
     def write(self, layer, layout, k, v):
@@ -69,7 +69,7 @@ class KVCache:
         self.length = self.length[rows]
 
     def commit(self, n):
-        """The last n positions written (an int, or a CPU tensor (B,) of one n a row) are history from now on."""
+        """The next n positions behind each history (an int, or a CPU tensor (B,)) are history from now on."""
         self.length = self.length + n
 
 
@@ -90,25 +90,25 @@ def make_layout(n, block_size, rope, device, cache=None, copies=1, flex=False, l
     copies: the batch holds the rows of the cache so many times.  With guidance these are 2, first all conditional rows,
     then all unconditional ones: those behind the first copy have no history (see `attend`).
     flex: with a mask for FlexAttention; only without a cache.
-    lengths (B,), on the CPU: what lies behind the first so many latents of a row is hidden; for equal histories."""
-    ragged, hidden = cache is not None and cache.ragged, None
+    lengths (B,), on the CPU: so many latents of a row are visible, counted from its beginning; for equal histories."""
+    ragged, visible = cache is not None and cache.ragged, None
     start = torch.zeros(1, dtype=torch.long) if cache is None else cache.length if ragged else cache.length[:1]
     pos = start[:, None] + torch.arange(n)  # (1 or B, n)
     block, end, own = pos // block_size, int(pos.max()) + 1, min(n, block_size)
     if cache is not None and end > cache.max_len:
         raise ValueError(f"a cache of {cache.max_len} positions cannot hold position {end - 1}")
     if ragged:
-        end, hidden = cache.reach(end), pos[:, -1] + 1  # (B,): all from there on, behind a row's end
+        end, visible = cache.reach(end), pos[:, -1] + 1  # (B,): all from there on, behind a row's end, is hidden
     elif lengths is not None and (lengths % block_size).any():  # else they end with a block: nothing to hide
-        hidden = lengths.clamp(min=1)
-    if hidden is None and block[0, 0] == block[0, -1]:  # one block, which sees itself and the whole history
+        visible = lengths.clamp(min=1)  # the softmax over no key at all would be NaN
+    if visible is None and block[0, 0] == block[0, -1]:  # one block, which sees itself and the whole history
         mask = None
-    elif hidden is None and flex:
+    elif visible is None and flex:
         mask = flex_mask(block_mask, tuple(block[0].tolist()), (False,) * n, device)
     else:
         keys = torch.arange(end)
         mask = block_mask(block[..., None], keys // block_size)  # (1 or B, n, K)
-        mask = (mask if hidden is None else mask & (keys < hidden[:, None, None]))[:, None].to(device)
+        mask = (mask if visible is None else mask & (keys < visible[:, None, None]))[:, None].to(device)
     if ragged:
         return Layout(rope(pos.repeat(copies, 1)), mask, pos.to(device), end=end, own=own)
     return Layout(rope(pos), mask, None, int(pos[0, 0]), end, own)
@@ -119,8 +119,7 @@ def attend(q, k, v, layout, cache=None, layer=0):
 
     A batch may have more rows than the cache: the unconditional branch of classifier-free guidance, in the same batch
     as the conditional one.  Those rows have no history: their last block sees itself, and what comes before it in the
-    pass, the block just finished, gets zeros.
-    """
+    pass, the block just finished, whose outputs nobody reads, gets zeros."""
     if cache is None:
         return attention(q, k, v, layout.mask)
     n = len(cache.length)

@@ -8,6 +8,7 @@ Stage 1 minimises (Eq. 3.16)
 
     -log p(x | z0) + beta KL(q(z0 | x) || N(0, I)) + mask_weight L_mask          z0 ~ q(z0 | x)
 
+(in the small recipe with a noised z0 in the first term, `reconstruction_loss`; the text x is `idx` in code).
 Both halves are block-causal transformers (transformer.py), so the decoder can emit text block by block.  Parameter
 names are those of the released checkpoint, so a state_dict needs no translation.
 """
@@ -21,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import check_sizes
-from extras.kernels import in_chunks, run_block
+from extras.kernels import in_chunks, run_layer
 from transformer import KVCache, apply_rope, attend, make_layout, rope_freqs
 
 
@@ -41,7 +42,7 @@ class VAEConfig:
     post_norm: bool = True  # False: ordinary pre-norm blocks
     qk_norm: bool = True  # LayerNorm on queries and keys, over the whole width
     qk_bias: bool = False  # bias of the query/key/value projection
-    bias: bool = True  # bias of every other linear layer
+    bias: bool = True  # bias of every other linear layer but the two of patches, which have one
     encoder_last_ln: bool = True  # normalise mu, so that |mu|^2 = d: this fixes the scale of the latents
     use_variation: bool = True  # False: a plain autoencoder, whose posterior has no variance, and mu always normalised
     scaling_factor: float = 1.0  # the DiT sees (z - shifting_factor) * scaling_factor
@@ -143,7 +144,7 @@ class VAEBlock(nn.Module):
 class TextVAE(nn.Module):
     """`encode`: tokens -> Posterior.  `decode`: latents -> logits."""
 
-    checkpointing = False  # see `kernels.run_block`
+    checkpointing = False  # see `extras.kernels.run_layer`
 
     def __init__(self, config):
         super().__init__()
@@ -167,11 +168,11 @@ class TextVAE(nn.Module):
                 final_layer=nn.Linear(c.dim, c.vocab_size, bias=c.bias),
             )
         )
-        self.blocks = [*self.encoder.blocks, *self.decoder.blocks]  # in a list, which names no parameters
+        self.blocks = [*self.encoder.blocks, *self.decoder.blocks]  # all layers; a list names no parameters
         self.init_weights()
 
     def init_weights(self):
-        """Truncated normal weights (cut at 3 std), zero biases; LayerNorms start as the identity."""
+        """Truncated normal weights (cut at 3 std), zero biases; LayerNorms start with weight 1."""
         std = self.config.init_std
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv1d)):
@@ -201,7 +202,7 @@ class TextVAE(nn.Module):
         x = self.encoder.patch_embedder(x.transpose(1, 2)).transpose(1, 2)  # (B, n, C)
         layout = self.layout(x.shape[1], x.device, cache)
         for block in self.encoder.blocks:
-            x = run_block(block, self.checkpointing, x, layout, cache)
+            x = run_layer(block, self.checkpointing, x, layout, cache)
         if cache is not None:
             cache.commit(x.shape[1])
         x = self.encoder.final_layer(x).float()  # (B, n, 2d); from here on in fp32, whatever the precision before
@@ -217,8 +218,8 @@ class TextVAE(nn.Module):
         return (z - self.config.shifting_factor) * self.config.scaling_factor
 
     def decode(self, z, cache=None, lengths=None):
-        """z (B, n, d) latents -> logits (B, n*p, V).  With a cache, z continues the history held there.
-        lengths (B,): how many latents of each row count; None: all."""
+        """z (B, n, d) latents -> logits (B, n*p, V).  With a cache, z continues the history held there, and becomes
+        part of it when the caller commits it.  lengths (B,): see `transformer.make_layout`."""
         return self.decoder.final_layer(self.read(z, cache, lengths))
 
     def read(self, z, cache=None, lengths=None):
@@ -227,7 +228,7 @@ class TextVAE(nn.Module):
         x = self.decoder.in_layer(z.to(self.decoder.in_layer.weight.dtype))  # (B, n, C)
         layout = self.layout(z.shape[1], z.device, cache, lengths)
         for block in self.decoder.blocks:
-            x = run_block(block, self.checkpointing, x, layout, cache)
+            x = run_layer(block, self.checkpointing, x, layout, cache)
         x = self.decoder.unpatch_layer(x)  # (B, n, C*p)
         x = x.unflatten(-1, (c.dim, c.patch_size)).transpose(2, 3).flatten(1, 2)  # (B, n*p, C)
         return self.decoder.final_norm(x)

@@ -12,13 +12,13 @@ class Codebook(nn.Module):
     """A read-out for latents that gather around K points, the codes e_k.
 
     Let z0 be drawn from the mixture sum_k pi_k N(e_k, s^2 I).  Of z_t = (1 - t) z0 + t z1 everything is known then;
-    with r = t^2 + (1 - t)^2 s^2,
+    with r = t^2 + (1 - t)^2 s^2, the code has the weights m_k without any context, and those of the network are w_k:
 
-        w_k(z_t) = const pi_k exp(((1 - t) z_t.e_k - (1 - t)^2 |e_k|^2 / 2) / r),      e = sum_k w_k(z_t) e_k
-        v = E[z1 - z0 | z_t] = ((t - (1 - t) s^2) z_t - t e) / r
+        m_k(z_t) = const pi_k exp(((1 - t) z_t.e_k - (1 - t)^2 |e_k|^2 / 2) / r),      w_k = const m_k exp(h_k)
+        v = E[z1 - z0 | z_t] = ((t - (1 - t) s^2) z_t - t e) / r,                        e = sum_k w_k e_k
 
-    The network adds one number h_k to each log w_k(z_t).  It starts with h = 0, the velocity of the marginal q(z0),
-    which a plain prior takes most of a short training to find, and only has to learn what the context says.
+    The network starts with h = 0, the velocity of the marginal q(z0), which a plain prior takes most of a short
+    training to find, and only has to learn what the context says.
 
     It assumes what is true of a small VAE: the latents of a token lie in one place, wherever the token stands.  The
     conceptual price: the codes are found in latents alone (`fit`), but they stand for tokens, so this prior does know
@@ -32,7 +32,7 @@ class Codebook(nn.Module):
         self.register_buffer("variance", torch.ones(()))  # s^2
 
     def forward(self, x, z, t):
-        """x (B, n, C) features, z (B, n, d), t (B or 1, n or 1, 1) -> velocity (B, n, d), log w_k(z_t) (B, n, K)."""
+        """x (B, n, C) features, z (B, n, d), t (B or 1, n or 1, 1) -> velocity (B, n, d), log w_k (B, n, K)."""
         with torch.autocast(z.device.type, enabled=False):
             log_w = self.logits(x.to(self.logits.weight.dtype)).float() + self.marginal(z, t)
             log_w = log_w.log_softmax(-1)
@@ -40,11 +40,11 @@ class Codebook(nn.Module):
             return (signal * z - t * (log_w.exp() @ self.codes.float())) / self.spread(t), log_w
 
     def spread(self, t):
-        """r, the variance of z_t around a code."""
+        """r, the variance of z_t around (1 - t) e_k, per channel."""
         return t**2 + (1 - t) ** 2 * self.variance.float()  # of bf16 weights, too: the exponents need all digits
 
     def marginal(self, z, t):
-        """log w_k(z_t) of the marginal q(z0), up to a constant: (B, n, K)."""
+        """log m_k(z_t), up to a constant: (B, n, K)."""
         codes, r = self.codes.float(), self.spread(t)
         with torch.autocast(z.device.type, enabled=False):
             nearness = (1 - t) / r * (z.float() @ codes.T) - (1 - t) ** 2 / (2 * r) * codes.square().sum(-1)
@@ -53,9 +53,9 @@ class Codebook(nn.Module):
     def draw(self, v, log_w, z, t, scale, uniform):
         """The velocity v (B, n, d) towards one code, drawn from the weights w, in place of their mean.
 
-        A step of the solver then leads to a latent that a token can have, however long the step is; the mean of many
-        codes is none, and takes many steps to become one.  scale: guidance, w (w / w_marginal)^(scale - 1): it needs no
-        second pass, since the marginal is known.  uniform (B, n): from 0 to 1, what to draw by."""
+        A step of the solver then leads towards a latent that a token can have, however long it is; the mean of many
+        codes is none, and takes many steps to become one.  scale: guidance, m (w / m)^scale: it needs no second pass,
+        since the marginal is known.  uniform (B, n): from 0 to 1, what to draw by."""
         with torch.autocast(z.device.type, enabled=False):
             marginal, codes = self.marginal(z, t), self.codes.float()
             drawn = choose((marginal + scale * (log_w - marginal)).softmax(-1), uniform)

@@ -15,6 +15,7 @@ if __name__ == "__main__":
 
 import sys
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 
@@ -77,18 +78,19 @@ def vae_step_flops(c, n, masked_view=True):
     return 3 * n * (1 + masked_view) * (encoder_flops(c, keys) + decoder_flops(c, keys))
 
 
-def prior_step_flops(c, vae, n, joint=False, masked_view=True, block_sizes=None, block_times=False):
+def prior_step_flops(c, vae, n, joint=False, masked_view=True, block_sizes=None, block_times=False, staggers=(0.0,)):
     """Training, of one sequence of n latents: [clean | noisy] through the DiT, and the VAE, frozen or trained along.
 
-    block_sizes: those of training, in equal shares; default that of c.  Half of the rows take one more forward pass for
-    the estimate of self-conditioning."""
+    block_sizes, staggers: those of training, in equal shares; default that of c, and none; block_times: whether each
+    block has its own.  Half of the rows take one more forward pass for the estimate of self-conditioning."""
     passes, block_sizes = 3.5 if c.self_conditioning else 3, block_sizes or (c.block_size,)
     prior = 0.0
-    for size in block_sizes:
-        keys, times = (n + size) / 2, 1 + (n // size if block_times and size > 1 else 1)
+    for size, stagger in product(block_sizes, staggers):
+        keys = (n + size) / 2
+        times = 1 + (1 if size == 1 else n if stagger else n // size if block_times else 1)
         one = (clean_length(n, size) + n) * dit_flops(c, keys) + times * modulation_flops(c)
-        prior += passes * one / len(block_sizes)
-    encode = n * encoder_flops(vae, keys)  # by the frozen VAE, or the reference
+        prior += passes * one / len(block_sizes) / len(staggers)
+    encode = n * encoder_flops(vae, (n + vae.block_size) / 2)  # by the frozen VAE, or the reference
     return prior + encode + (vae_step_flops(vae, n, masked_view) if joint else 0)
 
 
@@ -112,7 +114,7 @@ def report(o, vae, dit=None):
         layers = 2 * (vae.n_encoder_layer + vae.n_decoder_layer)  # twice: the masked view
         activations = activation_bytes(vae.dim, layers, rows * n, o.checkpointing)
     else:
-        flops = prior_step_flops(dit, vae, n, o.joint, o.mask_weight > 0, o.block_size, o.block_times)
+        flops = prior_step_flops(dit, vae, n, o.joint, o.mask_weight > 0, o.block_size, o.block_times, o.stagger)
         activations = activation_bytes(dit.dim, dit.n_layer, 2 * rows * n, o.checkpointing)
         if o.joint:  # the reference is one more frozen copy
             trained, frozen = trained + n_vae, n_vae

@@ -11,8 +11,9 @@ from transformer import apply_rope
 
 
 def velocity(dit, z, t, pos, mask, cache=None, kept=None):
-    """v(z_t, t) of latents z (S, d) at times t (S,) and positions pos (S,).  mask (S, K): what each sees of the keys in
-    `cache` and of z itself.  cache: of each layer, keys (not rotated), values, positions; kept: gets those of z."""
+    """v(z_t, t) of the latents of all rows, z (S, d), at times t (S,) and positions pos (S,).  mask (S, K): what each
+    sees of the keys in `cache` and of z itself.  cache: a list, of each layer keys (not rotated), values, positions;
+    kept: gets those of z.  H heads of D channels; the layers are those of dit.py."""
     e = dit.emb_in(t)  # (S, C)
     x = dit.txt_in.proj(z.to(dit.txt_in.proj.weight.dtype))
     for i, block in enumerate(dit.blocks):
@@ -44,7 +45,7 @@ def flow_matching_loss(dit, z0, z1, t):
     pos = torch.arange(n, device=z0.device).repeat(2 * B)
     block, noisy = pos // dit.config.block_size, torch.arange(2 * n, device=z0.device).repeat(B) >= n
     earlier, same = block[None] < block[:, None], block[None] == block[:, None]  # of the key, for the query
-    clean_keys, noisy_keys = earlier | same & ~noisy[:, None], same & noisy[:, None]
+    clean_keys, noisy_keys = earlier | (same & ~noisy[:, None]), same & noisy[:, None]
     mask = (row[None] == row[:, None]) & torch.where(noisy[None], noisy_keys, clean_keys)
     zt = (1 - t[:, None, None]) * z0 + t[:, None, None] * z1
     v = velocity(dit, torch.cat([z0, zt], 1).flatten(0, 1), torch.where(noisy, t[row], 0.0), pos, mask)
@@ -68,6 +69,7 @@ def generate(model, noise, steps, cfg_scale):
                 u = velocity(model.dit, z, t, pos, alone)
                 v = u + cfg_scale * (v - u)
             z = z - v / steps
+        # The finished block, clean, becomes history.
         velocity(model.dit, z, torch.zeros(B * size, device=device), pos, mask, cache, kept := [])
         cache = [joined(*layer) for layer in zip(cache, kept, strict=True)] if cache else kept
         blocks.append(z.view(B, size, -1))

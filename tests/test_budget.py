@@ -6,7 +6,9 @@ from conftest import ROOT, call
 from test_models import small_dit, small_vae
 from torch.utils.flop_counter import FlopCounterMode
 
+from dit import DiTConfig
 from measure import bench, budget
+from options import PriorOptions, VAEOptions, parse_options
 from vae import VAEConfig
 
 
@@ -31,6 +33,24 @@ def test_flops_of_a_forward_pass():
 def test_parameters_of_the_released_model():
     assert budget.parameters(budget.DiTConfig()) == 1_829_875_728
     assert budget.parameters(VAEConfig()) == 501_871_574
+
+
+def test_presets_are_the_papers():
+    """One time for all latents of a row, no codes, no self-conditioning; in the 2b presets the released sizes."""
+    for preset in ("plain", "2b"):
+        o, _ = parse_options(PriorOptions, "", ["--preset", preset])
+        assert (o.block_times, o.stagger, o.n_codes, o.self_conditioning) == (False, (0.0,), 0, False)
+    assert o.config(VAEConfig()) == DiTConfig()
+    assert parse_options(VAEOptions, "", ["--preset", "2b"])[0].config() == VAEConfig()
+
+
+def test_the_cost_of_times():
+    """Where modulation is all that counts: 2 times a row, one more than blocks, or one more than latents."""
+    c, vae = DiTConfig(latent_dim=8, dim=4096, n_head=1, head_dim=8, rope_dim=8, n_layer=1, mlp_ratio=1), VAEConfig()
+    ways = [{}, dict(block_times=True), dict(staggers=(0.5,)), dict(block_times=True, staggers=(0.0, 1.0))]
+    cost = [budget.prior_step_flops(c, vae, 64, block_sizes=(4,), **way) for way in ways]
+    one_time = 3 * budget.modulation_flops(c)
+    assert [round((value - cost[0]) / one_time, 6) for value in cost] == [0, 15, 63, 39]
 
 
 def test_budget_from_the_command_line(tmp_path, monkeypatch, capsys):

@@ -88,7 +88,7 @@ def test_training_sees_the_latents_of_the_sampler(trained, tmp_path, monkeypatch
     file.write_text(json.dumps([user("the cat"), dict(role="assistant", content="sat on 12 mats")]))
     rows, _ = chat.read_chats([file], model.tokenizer, 64, model.vae.config.vocab_size - 1)
     idx = torch.from_numpy(rows)
-    o = PriorOptions(chat=(str(file),), block_size=(4,), n_codes=model.dit.config.n_codes)
+    o = PriorOptions(chat=(str(file),), block_size=(4,), n_codes=model.dit.config.n_codes, stagger=(0.0,))
     seen = {}
 
     def loss(dit, z0, z1, t, *rest):
@@ -248,7 +248,9 @@ def test_a_model_with_blocks_of_16_is_tuned_in_the_released_shares(trained, tmp_
 
 
 def test_a_stagger_is_kept_in_tuning(trained, monkeypatch):
-    monkeypatch.setattr(training, "saved_options", lambda _: dict(stagger=(0.0, 0.7)))
-    for given, wanted in [(set(), (0.0, 0.7)), ({"stagger"}, (0.2,))]:
+    """A model of unknown origin has none."""
+    kept = dict(stagger=(0.0, 0.7))
+    for saved, given, wanted in [(kept, set(), (0.0, 0.7)), (kept, {"stagger"}, (0.2,)), ({}, set(), (0.0,))]:
+        monkeypatch.setattr(training, "saved_options", lambda _, saved=saved: saved)
         options = PriorOptions(init=str(trained / "runs" / "cola"), stagger=(0.2,))
         assert training.take_over(options, given).stagger == wanted

@@ -32,7 +32,7 @@ from dit import DiT, DiTConfig
 from extras.kernels import compile_blocks
 from flow import flow_matching_loss, sample_times, simulated_prompts
 from measure import judge
-from options import PriorOptions, VAEOptions, check_range, parse_options
+from options import VAE_PARTS, PriorOptions, VAEOptions, check_range, parse_options
 from released_format import load_dit, load_vae
 from train_vae import VAEObjective
 from training import Run, saved_options
@@ -286,7 +286,7 @@ def test_what_contradicts_the_model_to_start_from(trained, text, tmp_path, monke
 @pytest.mark.parametrize("part", ["decoder", "final_layer"])
 def test_a_part_of_the_vae_is_trained(trained, text, tmp_path, monkeypatch, capsys, part):
     """The encoder stays as it is, so the prior that belongs to it fits."""
-    source, prefix = trained / "runs" / "cola", train_vae.PARTS[part]
+    source, prefix = trained / "runs" / "cola", VAE_PARTS[part]
     start = f"--init {source} --vae-part {part} --data {text} {COMMON} --steps 3 --warmup 0 --out out"
     call(train_vae.main, start, monkeypatch, tmp_path)
     assert f"next: python train_prior.py --init {source} --vae out" in capsys.readouterr().out
