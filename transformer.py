@@ -100,7 +100,7 @@ def make_layout(n, block_size, rope, device, cache=None, copies=1, flex=False, l
     if ragged:
         end, visible = cache.reach(end), pos[:, -1] + 1  # (B,): all from there on, behind a row's end, is hidden
     elif lengths is not None and (lengths % block_size).any():  # else they end with a block: nothing to hide
-        visible = lengths.clamp(min=1)  # the softmax over no key at all would be NaN
+        visible = lengths.clamp(min=1)  # over no key at all, a softmax may be NaN
     if visible is None and block[0, 0] == block[0, -1]:  # one block, which sees itself and the whole history
         mask = None
     elif visible is None and flex:

@@ -261,6 +261,14 @@ def test_guidance(model, generated_latents):
     assert (plain[1] - strong[1]).abs().max() > 0.1
 
 
+def test_rows_without_history_are_not_guided(monkeypatch):
+    """Beside rows that have one.  A network that answers 1 with history and 0 without."""
+    model, z1 = ColaDLM(small_vae(), small_dit()), torch.zeros(2, BLOCK, d)
+    monkeypatch.setattr(model, "run_dit", lambda z, *rest: torch.cat([torch.ones_like(z1), torch.zeros_like(z1)]))
+    z = model.next_block(model.prefill([[1] * 8, []]), z1, [1.0, 0.0], 3.0)
+    assert (z[0] == -3).all() and (z[1] == -1).all()
+
+
 def test_drawn_tokens_follow_the_distribution():
     logits = torch.log(torch.tensor([0.5, 1e-30, 0.3, 0.2])).expand(1, 100_000, 4)
     uniform = torch.rand(1, 100_000, generator=torch.Generator().manual_seed(0))

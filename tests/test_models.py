@@ -252,6 +252,17 @@ def test_times():
     torch.testing.assert_close(dit(z, both), dit(z, t))
 
 
+def test_the_codes_know_the_time_of_every_latent():
+    """A new prior does not look at the context, so each latent has the velocity that it has alone, at its own time."""
+    dit = DiT(DiTConfig(d, 32, 2, 12, 8, 1, n_codes=5))
+    dit.codebook.codes.normal_(generator=torch.Generator().manual_seed(0))
+    z, t, index = torch.randn(2, 6, d), torch.rand(2, 3), torch.randint(3, (2, 6))
+    v = dit(z, t, index)
+    for row, i in product(range(2), range(6)):
+        alone = dit(z[row : row + 1, i : i + 1], t[row, index[row, i]][None])
+        torch.testing.assert_close(v[row, i], alone[0, 0])
+
+
 def test_a_new_prior_predicts_zero():
     assert not DiT(small_dit().config)(torch.randn(2, 6, d), torch.rand(2)).any()
 

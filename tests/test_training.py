@@ -124,7 +124,8 @@ def test_run_folders_hold_what_they_should(trained):
         assert [file.name for file in (trained / folder / "training").iterdir()] == ["6"]
         state = load_file(trained / folder / "training" / "6" / STATE)
         raw, average = (state[f"{name}.dit.txt_in.proj.weight"] for name in ("trained", "ema"))
-        assert torch.equal(saved, average) and not torch.equal(saved, raw)
+        best = min((row for row in rows if "held_out" in row), key=lambda row: row["held_out"])["step"]
+        assert torch.equal(saved, average) == (best == 6) and not torch.equal(saved, raw)
 
 
 def weights(folder, part):
@@ -397,6 +398,14 @@ def test_latents_count_the_same_however_a_batch_is_cut():
         parts = zip(*(x.split(rows) for x in (z0, z1, t, prompt)), strict=True)
         mean = torch.stack([flow_matching_loss(dit, *part, count=n * rows / 4) for part in parts]).mean()
         torch.testing.assert_close(mean, whole)
+
+
+def test_a_small_text_has_a_small_vocabulary(tmp_path, monkeypatch):
+    (tmp_path / "ab.txt").write_text("ab\n\n" * 400)
+    arguments = f"--data ab.txt --vocab-size 300 {VAE_SIZE} {COMMON} --steps 1 --out vae"
+    call(train_vae.main, arguments, monkeypatch, tmp_path)
+    tokenizer = data.load_tokenizer(str(tmp_path / "vae" / "tokenizer.json"))
+    assert load_vae(tmp_path / "vae").config.vocab_size == tokenizer.n_vocab < 300
 
 
 @pytest.mark.parametrize("log_snr, n_warnings, often", [(0.4, 1, 1), (0.4, 1, 12), (0.6, 0, 1)])
