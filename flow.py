@@ -62,14 +62,15 @@ def flow_matching_loss(dit, z0, z1, t, prompt=None, valid=None, block_size=None,
 
     No condition is ever dropped for guidance: the first block of every row has no history, and trains the unconditional
     velocity."""
-    clean = z0.detach()
+    clean, block_size = z0.detach(), block_size or dit.config.block_size
+    layout = training_layout(z0.shape[1], block_size, dit.rope, z0.device)
     is_clean = torch.zeros_like(z0[..., 0], dtype=torch.bool) if prompt is None else prompt
     has_loss = ~is_clean if valid is None else valid & ~is_clean
     if t.shape == z0.shape[:2]:  # a time for every latent
         is_clean, has_loss = is_clean | (t == 0), has_loss & (t > 0)
-    zt = torch.where(is_clean[..., None], clean, torch.lerp(z0, z1, at_latents(t, z0)))
-    estimate = own_estimate(dit, clean, zt, t, is_clean, block_size) if dit.config.self_conditioning else None
-    v = velocity_of_all_blocks(dit, clean, zt, t, is_clean, block_size, estimate, with_codes=code_weight > 0)
+    zt = torch.where(is_clean[..., None], clean, torch.lerp(z0, z1, at_latents(t, z0, block_size)))
+    estimate = own_estimate(dit, clean, zt, t, is_clean, block_size, layout) if dit.config.self_conditioning else None
+    v = velocity_of_all_blocks(dit, clean, zt, t, is_clean, block_size, estimate, layout, with_codes=code_weight > 0)
     v, log_w = v if code_weight > 0 else (v, None)
     loss = (v - (z1 - clean)).square().mean(-1)  # (B, n)
     if code_weight > 0:
@@ -79,25 +80,26 @@ def flow_matching_loss(dit, z0, z1, t, prompt=None, valid=None, block_size=None,
 
 
 @torch.no_grad()
-def own_estimate(dit, clean, zt, t, is_clean, block_size=None):
+def own_estimate(dit, clean, zt, t, is_clean, block_size, layout):
     """Self-conditioning: what the network itself takes z0 to be at zt, which is zt - t v.  (B, n, d)
 
     In training, the second half of the rows has none (0), as in the first step of a solver; the first costs a pass."""
     estimate, rows = torch.zeros_like(zt), slice(len(zt) // 2 if dit.training else None)
-    v = velocity_of_all_blocks(dit, clean[rows], zt[rows], t[rows], is_clean[rows], block_size)
-    found = zt[rows] - at_latents(t[rows], v) * v
-    estimate[rows] = torch.where(is_clean[rows, :, None], clean[rows], found)
+    if len(zt[rows]) > 0:
+        v = velocity_of_all_blocks(dit, clean[rows], zt[rows], t[rows], is_clean[rows], block_size, layout=layout)
+        found = zt[rows] - at_latents(t[rows], v, block_size) * v
+        estimate[rows] = torch.where(is_clean[rows, :, None], clean[rows], found)
     return estimate
 
 
-def time_of_latents(t, n):
-    """Which of its times t (B,) or (B, T) each of a row's n latents has, (n,): T equal runs of them share one each."""
-    return torch.arange(n, device=t.device) * t[0].numel() // n
+def time_of_latents(t, n, block_size):
+    """Which of its times t (B,) or (B, T) each of a row's n latents has, (n,): its own, its block's or the only one."""
+    return (torch.arange(n, device=t.device) // (1 if t[0].numel() == n else block_size)).clamp(max=t[0].numel() - 1)
 
 
-def at_latents(t, z):
+def at_latents(t, z, block_size):
     """The times t, of rows, blocks or latents, at all latents of z (B, n, d): (B, n, 1)."""
-    return t.view(len(t), -1)[:, time_of_latents(t, z.shape[1]), None]
+    return t.view(len(t), -1)[:, time_of_latents(t, z.shape[1], block_size), None]
 
 
 def velocity_of_all_blocks(dit, clean, zt, t, is_clean=None, block_size=None, estimate=None, layout=None, **options):
@@ -108,11 +110,10 @@ def velocity_of_all_blocks(dit, clean, zt, t, is_clean=None, block_size=None, es
     layout: default that of `training_layout`; options: of `DiT`.
 
     In one line as [clean without its last block | zt], both at the same positions, so that every noisy block is
-    predicted from exactly the clean history that the sampler's cache would hold; the last clean block is nobody's
-    history."""
+    predicted from exactly the clean history that the sampler's cache would hold; the last clean block is no history."""
     n, block_size = zt.shape[1], block_size or dit.config.block_size
     n_clean = clean_length(n, block_size)
-    time_index = NOISY + time_of_latents(t, n)[None]  # of [0, t, ...]
+    time_index = NOISY + time_of_latents(t, n, block_size)[None]  # of [0, t, ...]
     if is_clean is not None:
         time_index = torch.where(is_clean, CLEAN, time_index)
     return dit(

@@ -60,6 +60,8 @@ def penalise(logits, seen, penalty):
     """Repetition penalty: divide the positive and multiply the negative logits of every id already used.
 
     logits (B, L, V), seen bool (B, V).  One penalty for all positions of a block, however often an id was used."""
+    if penalty == 1:
+        return logits
     changed = torch.where(logits > 0, logits / penalty, logits * penalty)
     return torch.where(seen[:, None], changed, logits)
 

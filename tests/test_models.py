@@ -206,6 +206,8 @@ def test_self_conditioning_of_half_the_rows():
         found = flow_matching_loss(dit.train(training), z0, z1, t, prompt, reduce=False)
         torch.testing.assert_close(found, wanted)
         torch.testing.assert_close(flow_matching_loss(dit, z0, z1, t, prompt), wanted.sum() / (~prompt).sum())
+    alone = flow_matching_loss(dit.train(), z0[:1], z1[:1], t[:1], prompt[:1], reduce=False)  # half of one row is none
+    torch.testing.assert_close(alone, (without[:1] - (z1 - z0)[:1]).square().mean(-1) * ~prompt[:1])
 
 
 def test_the_sampler_hands_on_the_last_estimate():
@@ -704,3 +706,11 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     (tmp_path / "cola_vae" / ".tmpAb12Cd").write_text("half")
     released_format.save_vae(small_vae(), tmp_path)
     assert sorted(file.name for file in (tmp_path / "cola_vae").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_the_last_block_may_be_shorter():
+    """A time for each block: that of its own block for every latent, whatever the length of the last one."""
+    dit, z0, z1, t = small_dit(), torch.randn(2, 6, d), torch.randn(2, 6, d), torch.tensor([[0.2, 0.9], [0.5, 0.3]])
+    each = t[:, [0, 0, 0, 0, 1, 1]]
+    found, wanted = (flow_matching_loss(dit, z0, z1, times, reduce=False) for times in (t, each))
+    torch.testing.assert_close(found, wanted)
